@@ -1,0 +1,8 @@
+"""Attack plugins: one paper per file. Deleting a file and its line here removes the attack."""
+
+ATTACKS: dict[str, str] = {
+    "linear-leak": "attacks.linear_leak:LinearLeak",
+    "dlg": "attacks.dlg:DLG",
+    "idlg": "attacks.idlg:IDLG",
+    "inverting-gradients": "attacks.inverting_gradients:InvertingGradients",
+}

@@ -1,0 +1,60 @@
+"""The engines that run the same ServerApp and ClientApp: in this process, and in Flower's simulation.
+
+The third way, `flwr run .` and deployments, goes through the `app` objects of strategies/server_app.py and
+clients/client_app.py and needs nothing from here.
+"""
+
+import os
+
+from clients.client_app import make_client_app
+from fedattack.config import Experiment
+from fedattack.store import RunFolder
+from strategies.attack_pool import AttackPool, OnStatus
+from strategies.federation import OnRound, groups_of, run_federations
+from strategies.in_process_grid import InProcessGrid, quiet_flower
+from strategies.server_app import make_server_app
+
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def run_in_process(
+    experiment: Experiment, run: RunFolder, *, on_round: OnRound | None = None, on_status: OnStatus | None = None
+) -> None:
+    """Clients one after another in this process; attacks on the pool, which uses Ray only if it is told to."""
+    client_app = make_client_app()
+    with AttackPool(run, experiment.pool) as pool, quiet_flower():
+        for cells in groups_of(experiment):
+            part = experiment.model_copy(update={"cells": tuple(cells)})
+            grid = InProcessGrid(client_app, cells[0].federation.clients)
+            run_federations(grid, part, run, pool, on_round=on_round)
+        pool.drain(on_status=on_status)
+
+
+def run_in_simulation(
+    experiment: Experiment, run: RunFolder, *, on_round: OnRound | None = None, on_status: OnStatus | None = None
+) -> None:
+    """Flower's simulation: one Ray actor a core trains clients, the attack pool lives in the same Ray cluster.
+
+    The only caller of flwr.simulation.run_simulation, which Flower calls deprecated but which alone gives a true error.
+    """
+    from flwr.simulation import run_simulation
+
+    os.environ.update(QUIET)
+    clients = sorted({cell.federation.clients for cell in experiment.cells})
+    if experiment.pool.address:
+        os.environ["RAY_ADDRESS"] = experiment.pool.address
+    init_args = {"log_to_driver": False} | ({} if "RAY_ADDRESS" in os.environ else {"num_cpus": os.cpu_count() or 1})
+    backend = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": init_args}
+    for number in clients:
+        cells = tuple(cell for cell in experiment.cells if cell.federation.clients == number)
+        part = experiment.model_copy(update={"cells": cells})
+        with quiet_flower():
+            run_simulation(
+                make_server_app(part, run, on_round=on_round, on_status=on_status),
+                make_client_app(),
+                number,
+                backend_config=backend,
+            )
+
+
+ENGINES = {"in-process": run_in_process, "simulation": run_in_simulation}

@@ -1,0 +1,309 @@
+"""The command line: run, attack, report, list. Everything heavy is imported inside the commands."""
+
+import logging
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedattack import __version__
+from fedattack.errors import FedattackError
+
+if TYPE_CHECKING:
+    from fedattack.types import Knowledge
+
+app = typer.Typer(
+    name="fedattack",
+    help="How much does a federated-learning client's update leak? Train a Flower federation with an honest-but-curious "
+    "server, attack the updates that it copied, and read the report.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Kind(StrEnum):
+    """What `fedattack list` can list."""
+
+    attacks = "attacks"
+    defenses = "defenses"
+    models = "models"
+    datasets = "datasets"
+    strategies = "strategies"
+
+
+def main() -> None:
+    """Entry point: errors of the package end as one readable message and exit code 2."""
+    try:
+        app()
+    except FedattackError as error:
+        typer.secho(f"{type(error).__name__}: {error}", fg=typer.colors.RED, err=True)
+        raise SystemExit(2) from None
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the log of fedattack.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("fedattack").setLevel(level)
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="A TOML configuration, e.g. experiments/recipes/demo.toml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help='Changes as key=value, e.g. federation.rounds=5 model.name=\'["mlp", "lenet"]\'.'),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder (default: runs/<name>).")] = None,
+    retry_failed: Annotated[bool, typer.Option(help="Run failed and timed-out attacks again.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check the configuration, say what would run, and stop.")] = False,
+) -> None:
+    """Train, attack, score, and write the report. A rerun goes on where an earlier one stopped.
+
+    A list where one value is expected multiplies: defense = ["none", "gaussian-noise(sigma=0.01)"] runs both.
+    """
+    from fedattack.config import load_config
+
+    experiment = load_config(config, overrides or [])
+    campaign = _by_name("experiments.campaign")
+    for line in campaign.describe(experiment):
+        typer.echo(line)
+    if dry_run:
+        return
+    display = _by_name("strategies.attack_pool").PoolDisplay()
+    summary = campaign.run_campaign(
+        experiment,
+        out or Path("runs") / experiment.name,
+        retry_failed=retry_failed,
+        on_round=lambda settings, number: typer.echo(
+            f"  {settings.title} [{settings.federation.defense}]: round {number} of {settings.federation.rounds} measured"
+        ),
+        on_status=display,
+    )
+    display.close()
+    counts = ", ".join(f"{number} {status}" for status, number in sorted(summary.statuses.items())) or "none"
+    typer.echo(f"attacks: {counts}")
+    _print_table(summary.run.rows)
+    typer.secho(f"report: {summary.report}", bold=True)
+
+
+@app.command()
+def attack(
+    update: Annotated[
+        Path, typer.Argument(help="A copied update, e.g. runs/demo/federations/…/updates/client-0-round-1.safetensors.")
+    ],
+    attack: Annotated[
+        list[str],
+        typer.Option("--attack", "-a", help='An attack, with parameters if wanted: "dlg" or "dlg(iterations=100)".'),
+    ],
+    know: Annotated[
+        list[str] | None,
+        typer.Option("--know", "-k", help="A fact the attacker has, e.g. labels=[3,5] batch_size=2 learning_rate=0.1."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help='Model, if the file does not say: "lenet" or "package.module:Class(width=8)".')
+    ] = "",
+    task: Annotated[str, typer.Option(help='Task, if the file does not say: "classification" or "diffusion(…)".')] = "",
+    image_shape: Annotated[str, typer.Option(help='Image shape, if the file does not say: "3,32,32".')] = "",
+    num_classes: Annotated[int, typer.Option(help="Number of classes, if the file does not say.")] = 0,
+    public: Annotated[
+        str, typer.Option(help="Public images for the attacker: a data set, npz:PATH or images:FOLDER.")
+    ] = "",
+    truth: Annotated[
+        Path | None, typer.Option(help="Truth file, only to score the result: the attack never sees it.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where pictures and results go.")] = Path("reconstruction"),
+    seed: Annotated[int, typer.Option(help="Root seed.")] = 0,
+    timeout: Annotated[float, typer.Option(help="Seconds an attack may take.")] = 3600.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+) -> None:
+    """Attack one copied update offline. Needs neither Flower nor Ray, so it runs on any machine with torch."""
+    from fedattack.config import toml_value
+    from fedattack.jobs import Job, load_outcome, reconstruction_path, run_job, save_knowledge
+    from fedattack.planning import server_facts
+    from fedattack.registry import parse_spec
+    from fedattack.store import load_reconstruction, load_update, save_png, write_tensors
+
+    copied, saved = load_update(update)
+    context: dict[str, Any] = dict(saved)
+    for part, text in (("model", model), ("task", task)):
+        if text:
+            name, parameters = parse_spec(text)
+            context[part] = {"name": name, "options": parameters}
+    if image_shape:
+        context["image_shape"] = [int(side) for side in image_shape.split(",")]
+    if num_classes:
+        context["num_classes"] = num_classes
+    context.setdefault("task", {"name": "classification", "options": {}})
+    if missing := [key for key in ("model", "image_shape", "num_classes") if not context.get(key)]:
+        flags = ", ".join("--" + key.replace("_", "-") for key in missing)
+        raise FedattackError(f"the update does not say its {', '.join(missing)}: give {flags}")
+    facts = server_facts(copied, context)
+    facts.setdefault("batch_size", 1)
+    for item in know or []:
+        key, _, value = item.partition("=")
+        facts[key.strip()] = toml_value(value.strip())
+    knowledge = _knowledge(facts)
+    images = ""
+    if public:
+        from fedattack.data import load_dataset
+
+        images = str((out / "public.safetensors").resolve())
+        side = int(context["image_shape"][1])
+        options = {} if ":" not in public else {"image_size": side}
+        write_tensors(Path(images), {"images": load_dataset(public, **options).public.images(range(256))}, {})
+    tensors = out / "knowledge.safetensors"
+    scalars = save_knowledge(tensors, knowledge)
+    for spec in attack:
+        name, parameters = parse_spec(spec)
+        job = Job(
+            job=f"{update.stem}--{name.replace(':', '.')}",
+            update=str(update.resolve()),
+            attack=name,
+            parameters=parameters,
+            knowledge=scalars,
+            tensors=str(tensors.resolve()) if tensors.exists() else "",
+            public_images=images,
+            context=context,
+            seed=seed,
+            timeout_seconds=timeout,
+            device=device,
+        )
+        results = out / "results"
+        if (done := load_outcome(results, job.job)) is not None and job.spec == name:
+            typer.echo(f"{job.job}: {done.status}, already done")
+        outcome = _run_with_bar(run_job, job, results)
+        if outcome.status != "ok":
+            typer.secho(f"{spec}: {outcome.status}: {outcome.error}", fg=typer.colors.YELLOW, err=True)
+            continue
+        found = load_reconstruction(reconstruction_path(results, job.job))
+        for number, image in enumerate(found.images):
+            save_png(out / f"{job.job}-{number}.png", image)
+        typer.echo(f"{spec}: {len(found.images)} images in {found.seconds:.1f} s, loss {_last(found.losses)}, {out}")
+        if truth is not None:
+            _print_scores(found, truth)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run folder.")],
+    csv: Annotated[Path | None, typer.Option(help="Also write the rows as CSV.")] = None,
+    parquet: Annotated[Path | None, typer.Option(help="Also write the rows as Parquet.")] = None,
+    markdown: Annotated[bool, typer.Option(help="Also print the table as Markdown.")] = False,
+) -> None:
+    """Score what a run has so far and write its report again."""
+    from fedattack.finishing import begin_run, finish_run
+    from fedattack.report import markdown_table, write_table
+    from fedattack.store import RunFolder, read_json, read_rows
+
+    target = RunFolder(folder)
+    if not target.config.exists():
+        raise FedattackError(
+            f"run folder must be one that `fedattack run` made (with a config.toml), got {str(folder)!r}"
+        )
+    experiment = _by_name("experiments.campaign").load_run(folder)
+    about = read_json(target.about) if target.about.exists() else {}
+    begun = begin_run(target, experiment, engine=about.get("engine", "?"), command=about.get("command", "?"))
+    page = finish_run(target, experiment, begun)
+    rows = list(read_rows(target.rows))
+    for path in (csv, parquet):
+        if path is not None:
+            write_table(rows, path)
+            typer.echo(f"rows: {path}")
+    if markdown:
+        typer.echo(markdown_table(rows))
+    typer.secho(f"report: {page}", bold=True)
+
+
+@app.command("list")
+def list_plugins(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
+    """List what is registered, with parameters and their defaults."""
+    from fedattack import registry
+
+    found: registry.Registry = getattr(registry, kind.name.upper())
+    for name in found.names():
+        typer.secho(name, bold=True)
+        typer.echo(f"    {found.summary(name)}")
+        parameters = [
+            key if default is ... else f"{key}={default!r}"
+            for key, default in found.parameters(name).items()
+            if key not in ("federation", "image_shape", "num_classes")
+        ]
+        if parameters:
+            typer.echo(f"    {', '.join(parameters)}")
+
+
+def _by_name(module: str) -> Any:
+    """A room above this one (experiments, strategies), reached by name so that the shared language does not depend on it."""
+    from importlib import import_module
+
+    return import_module(module)
+
+
+def _knowledge(facts: dict[str, Any]) -> "Knowledge":
+    import torch
+
+    from fedattack.errors import one_of
+    from fedattack.knowledge import FIELDS
+    from fedattack.types import Knowledge
+
+    for name in facts:
+        if name not in FIELDS:
+            raise FedattackError(one_of("knowledge field", FIELDS, name))
+    for name in ("labels", "timesteps"):
+        if name in facts:
+            facts[name] = torch.tensor(facts[name], dtype=torch.long).reshape(-1)
+    return Knowledge(**facts)
+
+
+def _run_with_bar(run_job: Any, job: Any, results: Path) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task(job.spec, total=None, loss="")
+        return run_job(
+            job,
+            results,
+            progress=lambda i, n, loss: bar.update(task, completed=i, total=n, loss=f"loss {loss:.3e}"),
+        )
+
+
+def _print_scores(found: Any, truth: Path) -> None:
+    from fedattack.metrics import score
+    from fedattack.store import read_tensors
+
+    true = read_tensors(truth)[0]
+    scores = score(found, true["images"].float(), true.get("labels"), lpips_nets=("squeeze",))
+    for name, values in (("PSNR (dB)", scores.psnr_db), ("SSIM", scores.ssim), ("MSE", scores.mse)):
+        if values:
+            typer.echo(f"    {name}: " + ", ".join("–" if value is None else f"{value:.4g}" for value in values))
+
+
+def _print_table(rows: Path) -> None:
+    from fedattack.report import markdown_table
+    from fedattack.store import read_rows
+
+    typer.echo(markdown_table(list(read_rows(rows))))
+
+
+def _last(losses: tuple[float, ...]) -> str:
+    return f"{losses[-1]:.3e}" if losses else "–"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,430 @@
+"""Configurations: one TOML file describes federations, defenses, attacks and what the attacker knows.
+
+    name = "demo"                          [[case]]
+    [model]                                title = "dlg on LeNet"
+    name = "lenet"                         model.name = "lenet"
+    [federation]                           attack = [{ name = "dlg", iterations = 100 }]
+    defense = ["none", "gaussian-noise(sigma=0.01)"]
+
+Every `[[case]]` is laid over the rest of the file. A list where one value is expected multiplies: each value makes cells of
+its own. All problems of all cells are reported at once, with file and key, before anything starts.
+"""
+
+import hashlib
+import itertools
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedattack.errors import ConfigError, FedattackError, closest, one_of
+from fedattack.knowledge import visible_fields
+from fedattack.registry import (
+    ATTACKS,
+    DATASETS,
+    DEFENSES,
+    MODELS,
+    STRATEGIES,
+    Registry,
+    format_spec,
+    parameter_problems,
+    parameters_of,
+    parse_spec,
+)
+from fedattack.seeding import derive_seed
+from fedattack.tasks import TASKS, Task, build_task
+
+Options = dict[str, Any]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSettings(_Section):
+    """Which images, and how they are dealt out to the clients."""
+
+    dataset: str = Field("patches", description="a name from `fedattack list datasets`, npz:PATH or images:FOLDER")
+    options: Options = Field(default_factory=dict, description="parameters of the data set's loader (image_size, …)")
+    partition: str = Field("iid", description="iid, dirichlet, by-label, shard, by-user")
+    partition_options: Options = Field(default_factory=dict)
+
+
+class ModelSettings(_Section):
+    """The victim."""
+
+    name: str = "lenet"
+    options: Options = Field(default_factory=dict)
+    mode: Literal["train", "eval"] = Field("train", description="mode of BatchNorm and dropout during local training")
+
+
+class TaskSettings(_Section):
+    name: str = "classification"
+    options: Options = Field(default_factory=dict)
+
+    def build(self) -> Task:
+        return build_task(self.name, self.options)
+
+
+class FederationSettings(_Section):
+    """How the federation trains. A defense is "name(key=value)", several are joined by " + "."""
+
+    clients: int = Field(4, ge=1)
+    rounds: int = Field(2, ge=1)
+    protocol: Literal["fedsgd", "fedavg"] = Field("fedsgd", description="clients send the gradient, or their weights")
+    strategy: str = Field("", description="a name from `fedattack list strategies`; empty: that of the protocol")
+    strategy_options: Options = Field(default_factory=dict)
+    learning_rate: float = Field(0.1, gt=0, description="of the server under fedsgd, of the clients under fedavg")
+    batch_size: int = Field(1, ge=1, description="images of one local step")
+    local_steps: int = Field(1, ge=1, description="SGD steps a round under fedavg")
+    examples: int = Field(0, ge=0, description="images a client uses in a round; 0: batch_size × local_steps")
+    defense: str = "none"
+    mods: tuple[str, ...] = Field((), description="Flower's own client mods: fixedclipping, adaptiveclipping, …")
+
+    @property
+    def images_per_round(self) -> int:
+        return self.examples or self.batch_size * self.local_steps
+
+    @property
+    def strategy_name(self) -> str:
+        return self.strategy or self.protocol
+
+    def defenses(self) -> list[tuple[str, Options]]:
+        """(name, parameters) of every defense, in the order in which they act."""
+        specs = [parse_spec(part) for part in self.defense.split(" + ")]
+        return [spec for spec in specs if spec[0] != "none"]
+
+
+class CaptureSettings(_Section):
+    """Which updates the curious server copies; empty means all."""
+
+    rounds: tuple[int, ...] = ()
+    clients: tuple[int, ...] = ()
+
+
+class ThreatSettings(_Section):
+    """What the attacker knows: a preset, fields added, fields removed."""
+
+    model: str = "server"
+    reveal: tuple[str, ...] = ()
+    hide: tuple[str, ...] = ()
+    public_images: int = Field(256, ge=0, description="how many public images the attacker has")
+
+    def visible(self) -> frozenset[str]:
+        return visible_fields(self.model, self.reveal, self.hide)
+
+
+class AttackSettings(BaseModel):
+    """One attack: its name, and any of its parameters beside it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def parameters(self) -> Options:
+        return dict(self.model_extra or {})
+
+    @property
+    def spec(self) -> str:
+        return format_spec(self.name, self.parameters)
+
+
+class PoolSettings(_Section):
+    """Where attacks run."""
+
+    workers: int = Field(0, ge=0, description="Ray actors; 0: in this process, one attack after another")
+    gpus_per_worker: float = Field(0.0, ge=0)
+    threads_per_worker: int = Field(1, ge=1)
+    queue: int = Field(4, ge=1, description="jobs handed to a worker ahead of time; the rest wait on disk")
+    timeout_seconds: float = Field(3600.0, gt=0, description="of one attack on one update")
+    address: str = Field("", description="an external Ray cluster, e.g. 127.0.0.1:6379; empty: a local one")
+
+
+class ScoreSettings(_Section):
+    """LPIPS backbones to use where their weights are on this machine."""
+
+    lpips: tuple[Literal["alex", "vgg", "squeeze"], ...] = ("alex", "vgg", "squeeze")
+
+
+class Settings(_Section):
+    """One cell: one federation and the attacks on its updates."""
+
+    title: str = ""
+    seed: int = Field(0, ge=0)
+    precision: Literal["float32", "float64"] = "float32"
+    data: DataSettings = Field(default_factory=DataSettings)
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    task: TaskSettings = Field(default_factory=TaskSettings)
+    federation: FederationSettings = Field(default_factory=FederationSettings)
+    capture: CaptureSettings = Field(default_factory=CaptureSettings)
+    threat: ThreatSettings = Field(default_factory=ThreatSettings)
+    attack: tuple[AttackSettings, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _attack_names(cls, raw: Any) -> Any:
+        """Allow attack = ["dlg", {name = "idlg", iterations = 10}]."""
+        if isinstance(raw, dict) and isinstance(raw.get("attack"), list | tuple):
+            raw = raw | {"attack": [_attack_table(item) for item in raw["attack"]]}
+        return raw
+
+    @property
+    def federation_id(self) -> str:
+        """A name for the federation of this cell: the same settings (attacks aside) give the same name."""
+        relevant = self.model_dump(mode="json", exclude={"attack", "title", "threat"})
+        digest = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:10]
+        return f"{self.model.name.replace(':', '.')}-{self.federation.protocol}-{digest}"
+
+
+class Experiment(_Section):
+    """A whole file: the run's own settings and its cells."""
+
+    name: str = "run"
+    engine: Literal["in-process", "simulation"] = "in-process"
+    pool: PoolSettings = Field(default_factory=PoolSettings)
+    score: ScoreSettings = Field(default_factory=ScoreSettings)
+    cells: tuple[Settings, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a raw value came from, for messages."""
+
+    file: str
+    prefix: str = ""
+
+    def at(self, key: str) -> str:
+        return f"{self.file}: {self.prefix}{key}"
+
+
+# ------------------------------------------------------------------------------------------------ reading
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read a TOML file with "key=value" overrides. Raises ConfigError listing every problem."""
+    if not path.is_file():
+        raise ConfigError(f"config must be an existing TOML file, got {str(path)!r}")
+    try:
+        raw = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return parse_config(raw, file=str(path), overrides=overrides)
+
+
+def parse_config(raw: Mapping[str, Any], *, file: str = "config", overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment behind a nested dict. Raises ConfigError listing every problem with its file and key."""
+    problems: list[str] = []
+    base = json.loads(json.dumps(raw))
+    cases = base.pop("case", [{}]) or [{}]
+    forced: Options = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            problems.append(f"override must be key=value, got {override!r}")
+            continue
+        _put(forced, key.strip(), toml_value(value.strip()))
+    run_level = {key: value for key, value in _merge(base, forced).items() if key in Experiment.model_fields}
+    base = {key: value for key, value in base.items() if key not in Experiment.model_fields}
+    forced = {key: value for key, value in forced.items() if key not in Experiment.model_fields}
+    if "cells" in run_level:
+        problems.append(f"{file}: cells: unknown key{closest('case', ['case'])}")
+        run_level.pop("cells")
+
+    cells: list[Settings] = []
+    for number, case in enumerate(cases):
+        source = _Source(file, f"case[{number}]." if "case" in raw else "")
+        merged = _merge(_merge(base, case), forced)
+        for axes, cell in _multiply(merged):
+            try:
+                settings = Settings.model_validate(cell)
+            except ValidationError as error:
+                problems += _explain(error, Settings, source)
+                continue
+            settings = settings.model_copy(update={"title": _title(settings, axes)})
+            problems += [problem for problem in check_settings(settings, source) if problem not in problems]
+            cells.append(settings)
+    try:
+        experiment = Experiment.model_validate(run_level)
+    except ValidationError as error:
+        problems += _explain(error, Experiment, _Source(file))
+        experiment = Experiment()
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    return experiment.model_copy(update={"cells": tuple(cells)})
+
+
+def check_settings(settings: Settings, source: _Source | None = None) -> list[str]:
+    """Everything that can be known to be wrong before anything starts; one line a problem."""
+    source = source or _Source("config")
+    federation = settings.federation
+    problems: list[str] = []
+
+    def check(
+        key: str, registry: Registry, name: str, parameters: Mapping[str, Any], given: Sequence[str] = ()
+    ) -> None:
+        try:
+            target = registry.get(name)
+            wrong = parameter_problems(target, {**dict.fromkeys(given), **parameters})
+        except FedattackError as error:
+            wrong = [str(error)]
+        problems.extend(source.at(f"{key}: {problem}") for problem in wrong)
+
+    name, given = settings.data.dataset, settings.data.options
+    if ":" in name and name.split(":", 1)[0] in ("npz", "images"):
+        name, path = name.split(":", 1)
+        given = {"path": path, **given}
+    check("data.dataset", DATASETS, name, given)
+    check("model.name", MODELS, settings.model.name, settings.model.options, ("image_shape", "num_classes"))
+    if settings.task.name not in TASKS:
+        problems.append(source.at("task.name: " + one_of("task", TASKS, settings.task.name)))
+    else:
+        wrong = parameter_problems(TASKS[settings.task.name], settings.task.options)
+        problems.extend(source.at(f"task.options: {problem}") for problem in wrong)
+    check("federation.strategy", STRATEGIES, federation.strategy_name, federation.strategy_options, ("federation",))
+    try:
+        for defense, parameters in federation.defenses():
+            check("federation.defense", DEFENSES, defense, parameters)
+    except FedattackError as error:
+        problems.append(source.at(f"federation.defense: {error}"))
+    if federation.protocol == "fedsgd":
+        if federation.local_steps != 1:
+            problems.append(source.at("federation.local_steps: must be 1 under fedsgd, which sends one gradient"))
+        if federation.mods:
+            problems.append(
+                source.at(
+                    "federation.mods: Flower's mods clip or mask weight differences; they need protocol = 'fedavg'"
+                )
+            )
+    if federation.batch_size > federation.images_per_round:
+        problems.append(source.at("federation.batch_size: must be at most the images used in a round (examples)"))
+    try:
+        settings.threat.visible()
+    except FedattackError as error:
+        problems.append(source.at(f"threat: {error}"))
+    for number, attack in enumerate(settings.attack):
+        key = f"attack[{number}]"
+        check(key, ATTACKS, attack.name, attack.parameters)
+        try:
+            tasks = ATTACKS.get(attack.name).tasks
+        except FedattackError:
+            continue
+        if settings.task.name in TASKS and settings.task.name not in tasks:
+            problems.append(source.at(f"{key}: {attack.name} attacks {', '.join(sorted(tasks))} only"))
+    return problems
+
+
+def defaults_of(registry: Registry, name: str) -> Options:
+    """Parameters of a registered plugin with their defaults, for listings."""
+    return parameters_of(registry.get(name))
+
+
+def model_seed(settings: Settings) -> int:
+    """The seed of the initial weights."""
+    return derive_seed(settings.seed, "model")
+
+
+def to_toml(experiment: Experiment) -> str:
+    """The resolved configuration, every default spelled out, one [[case]] a cell; reads back to the same experiment."""
+    dump = experiment.model_dump(mode="json", exclude={"cells"})
+    lines = [f"{key} = {_toml_text(value)}" for key, value in dump.items()]
+    for cell in experiment.cells:
+        lines += ["", "[[case]]"]
+        lines += [f"{key} = {_toml_text(value)}" for key, value in cell.model_dump(mode="json").items()]
+    return "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------ helpers
+def _attack_table(item: Any) -> Any:
+    if not isinstance(item, str):
+        return item
+    name, parameters = parse_spec(item)
+    return {"name": name, **parameters}
+
+
+def _merge(below: Any, above: Any) -> Any:
+    if isinstance(below, dict) and isinstance(above, dict):
+        return {key: _merge(below.get(key), above[key]) if key in above else below[key] for key in (below | above)}
+    return below if above is None else above
+
+
+def _put(table: Options, dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+    table[last] = value
+
+
+def toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _toml_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml_text(v)}" for k, v in value.items() if v is not None) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml_text(item) for item in value) + "]"
+    return json.dumps(str(value), ensure_ascii=False)
+
+
+def _multiply(raw: Options) -> Iterator[tuple[list[tuple[str, Any]], Options]]:
+    """Cells of a raw configuration: every list that stands where one value is expected is an axis."""
+    axes = list(_axes(raw, Settings))
+    for values in itertools.product(*(choices for _, choices in axes)):
+        cell = json.loads(json.dumps(raw))
+        for (key, _), value in zip(axes, values, strict=True):
+            _put(cell, key, value)
+        yield [(key, value) for (key, _), value in zip(axes, values, strict=True)], cell
+
+
+def _title(settings: Settings, axes: list[tuple[str, Any]]) -> str:
+    """The case's title, or model and task where it has none, with the axis values that are not a defense."""
+    values = [f"{key.split('.')[-1]}={value}" for key, value in axes if key not in ("federation.defense", "model.name")]
+    models = [settings.model.name] if settings.title and any(key == "model.name" for key, _ in axes) else []
+    return " · ".join([settings.title or f"{settings.model.name} ({settings.task.name})", *models, *values])
+
+
+def _axes(raw: Any, model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, list[Any]]]:
+    for name, info in model.model_fields.items():
+        if not isinstance(raw, dict) or name not in raw:
+            continue
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _axes(raw[name], kind, f"{prefix}{name}.")
+        elif isinstance(raw[name], list) and raw[name] and not _is_collection(kind):
+            yield f"{prefix}{name}", raw[name]
+
+
+def _is_collection(kind: Any) -> bool:
+    return get_origin(kind) in (tuple, list, dict) or any(_is_collection(part) for part in get_args(kind))
+
+
+def _explain(error: ValidationError, model: type[BaseModel], source: _Source) -> list[str]:
+    lines = []
+    for item in error.errors():
+        location = [str(part) for part in item["loc"]]
+        key = ".".join(location)
+        if item["type"] == "extra_forbidden":
+            lines.append(source.at(f"{key}: unknown key{closest(location[-1], _keys_at(model, location[:-1]))}"))
+        else:
+            lines.append(source.at(f"{key}: {item['msg']}, got {item['input']!r}"))
+    return lines
+
+
+def _keys_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
+    for part in location:
+        info = model.model_fields.get(part)
+        kind = info.annotation if info else None
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            return []
+        model = kind
+    names = list(model.model_fields)
+    return [*names, *Experiment.model_fields, "case"] if model is Settings and not location else names

@@ -1,0 +1,165 @@
+"""Which attack jobs a cell makes of a copied update, and the facts that its result rows carry.
+
+Job ids are a function of what is attacked and how, so planning twice gives the same jobs and a rerun skips what is done.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fedattack.config import AttackSettings, Settings
+from fedattack.jobs import Job, save_knowledge
+from fedattack.knowledge import ORACLES, build_knowledge
+from fedattack.registry import DEFENSES
+from fedattack.store import FederationFolder, RunFolder, load_update, read_tensors, write_json, write_tensors
+from fedattack.types import Update
+
+
+def update_context(settings: Settings, image_shape: tuple[int, int, int], num_classes: int) -> dict[str, Any]:
+    """What every copied update of a cell says about itself: enough to rebuild model and task, nothing private."""
+    federation = settings.federation
+    several = federation.protocol == "fedavg"
+    return {
+        "model": settings.model.model_dump(mode="json", include={"name", "options"}),
+        "mode": settings.model.mode,
+        "task": settings.task.model_dump(mode="json"),
+        "image_shape": list(image_shape),
+        "num_classes": num_classes,
+        "images_per_round": federation.images_per_round,
+        "learning_rate": federation.learning_rate if several else None,
+        "local_steps": federation.local_steps if several else 1,
+        "local_batch_size": federation.batch_size,
+        "proximal_mu": federation.strategy_options.get("proximal_mu") if several else None,
+    }
+
+
+def server_facts(update: Update, context: dict[str, Any], defense: str | None = None) -> dict[str, Any]:
+    """What an honest-but-curious server knows of an update, by `Knowledge` field.
+
+    A client may understate its number of examples, never overstate it past what the server asked for.
+    """
+    asked, said = context.get("images_per_round"), update.num_examples
+    sizes = [size for size in (asked, said) if size]
+    facts = {
+        "image_shape": tuple(context["image_shape"]),
+        "num_classes": context["num_classes"],
+        "batch_size": min(sizes) if sizes else None,
+        "learning_rate": context.get("learning_rate"),
+        "local_steps": context.get("local_steps"),
+        "local_batch_size": context.get("local_batch_size"),
+        "proximal_mu": context.get("proximal_mu"),
+        "defense": defense,
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def prepare_federation(settings: Settings, folder: FederationFolder, public_images: Any) -> None:
+    """Write what later steps need to know of a federation: its settings, and the public images of the attacker."""
+    write_json(folder.settings, settings.model_dump(mode="json", exclude={"attack", "threat", "title"}))
+    if not folder.public_images.exists():
+        write_tensors(folder.public_images, {"images": public_images}, {"type": "public-images"})
+
+
+def updates_of(folder: FederationFolder) -> list[Path]:
+    """Copied updates in order of round, then client."""
+    found = []
+    for path in folder.updates.glob("*.safetensors"):
+        head, _, server_round = path.stem.rpartition("-round-")
+        number = head.rpartition("-")[2]
+        found.append((int(server_round), int(number) if number.isdigit() else 0, head, path))
+    return [item[-1] for item in sorted(found)]
+
+
+def plan_jobs(settings: Settings, run: RunFolder, update_path: Path, *, timeout_seconds: float) -> list[Job]:
+    """One job for every attack of the cell on one update; the oracles of the threat model are looked up here, by name."""
+    folder = run.federation(settings.federation_id)
+    update, context = load_update(update_path)
+    visible = settings.threat.visible()
+    facts = server_facts(update, context, settings.federation.defense)
+    truth_path = folder.truth / update_path.name
+
+    def truth() -> dict[str, Any]:
+        return read_tensors(truth_path)[0] if truth_path.exists() else {}
+
+    knowledge = build_knowledge(visible, facts, truth)
+    tensors_path = (
+        run.path
+        / "knowledge"
+        / f"{_digest([str(update_path.name), settings.federation_id, sorted(visible)])}.safetensors"
+    )
+    scalars = save_knowledge(tensors_path, knowledge)
+    shows_public = "public_images" in visible and settings.threat.public_images > 0 and folder.public_images.exists()
+    known = sorted(knowledge.known() | ({"public_images"} if shows_public else set()))
+    return [
+        Job(
+            job=job_id(settings, update_path, attack),
+            update=str(update_path.resolve()),
+            attack=attack.name,
+            parameters=attack.parameters,
+            knowledge=scalars,
+            tensors=str(tensors_path.resolve()) if tensors_path.exists() else "",
+            public_images=str(folder.public_images.resolve()) if shows_public else "",
+            seed=settings.seed,
+            timeout_seconds=timeout_seconds,
+            facts={
+                **row_facts(settings, update),
+                "attack": attack.name,
+                "attack_spec": attack.spec,
+                "knowledge": known,
+                "oracles": sorted(set(known) & ORACLES),
+            },
+        )
+        for attack in settings.attack
+    ]
+
+
+def job_id(settings: Settings, update_path: Path, attack: AttackSettings) -> str:
+    """A name that says what is attacked, with a digest of how."""
+    digest = _digest(
+        [attack.parameters, sorted(settings.threat.visible()), settings.threat.public_images, settings.title]
+    )
+    return f"{settings.federation_id}--{update_path.stem}--{attack.name.replace(':', '.')}-{digest}"
+
+
+def row_facts(settings: Settings, update: Update) -> dict[str, Any]:
+    """The fields of a result row that do not depend on the attack."""
+    federation = settings.federation
+    figures: dict[str, Any] = {}
+    for name, parameters in federation.defenses():
+        figures |= DEFENSES.create(name, **parameters).describe()
+    if update.kind == "gradient":
+        total = sum(float(tensor.double().square().sum()) for tensor in update.received.values())
+        count = sum(tensor.numel() for tensor in update.received.values())
+        figures["update_rms"] = (total / max(count, 1)) ** 0.5
+    return {
+        "case": settings.title,
+        "federation": settings.federation_id,
+        "client": update.client,
+        "round": update.round,
+        "model": settings.model.name,
+        "dataset": settings.data.dataset,
+        "task": settings.task.name,
+        "protocol": federation.protocol,
+        "strategy": federation.strategy_name,
+        "mods": list(federation.mods),
+        "defense": federation.defense,
+        "defense_facts": figures,
+        "batch_size": federation.batch_size,
+        "local_steps": federation.local_steps,
+        "precision": settings.precision,
+        "threat_model": settings.threat.model,
+        "seed": settings.seed,
+    }
+
+
+def jobs_of(settings: Settings, run: RunFolder) -> Iterator[tuple[Path, str]]:
+    """(update file, job id) of every planned job of a cell, in report order."""
+    for path in updates_of(run.federation(settings.federation_id)):
+        for attack in settings.attack:
+            yield path, job_id(settings, path, attack)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:8]

@@ -1,0 +1,202 @@
+"""The pictures of a report: truth, reconstructions and baselines side by side, the files' bytes unchanged.
+
+Pictures are chosen in the order of the rows, never by how good they look. The browser enlarges them by whole factors
+(nearest neighbour); their grey levels are never touched.
+"""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedattack.report.summary import (
+    BASELINES,
+    EXACT_DB,
+    Row,
+    attack_of,
+    case_of,
+    defense_of,
+    is_baseline,
+    is_ok,
+    per_image,
+    plain_number,
+    target_of,
+    text,
+    variant_of,
+    variants,
+)
+
+TARGETS = 3
+"""Updates shown per case and defense."""
+
+IMAGES = 8
+"""Images shown per update."""
+
+PICTURES = 1500
+"""Pictures in the whole report: a file of some megabytes."""
+
+DISPLAY_PIXELS = 96
+"""Pictures are enlarged by the largest whole factor that keeps their longer side within this."""
+
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One picture, or an empty frame of the same size with the reason in `empty`. Sizes are in CSS pixels."""
+
+    source: str
+    width: int
+    height: int
+    caption: str
+    alt: str
+    empty: str = ""
+    exact: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """The pictures of one attack or baseline. `empty` is the reason where there are none at all."""
+
+    label: str
+    note: str
+    kind: str
+    frames: tuple[Frame, ...]
+    empty: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One client's update in one round: `rows` pictures beside the truth, frames `height` tall, `hidden` images not shown."""
+
+    title: str
+    rows: int
+    height: int
+    truth: tuple[Frame, ...]
+    strips: tuple[Strip, ...]
+    hidden: int
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One case and defense, with `hidden` updates not shown."""
+
+    case: str
+    defense: str
+    targets: tuple[Target, ...]
+    hidden: int
+
+
+def gallery(rows: Sequence[Row], run: Path, *, targets: int = TARGETS, images: int = IMAGES) -> list[Group]:
+    """Groups in the order of the rows ("none" first in each case), capped at `targets`, `images` and PICTURES."""
+    split = variants(rows)
+    grouped: dict[str, dict[str, dict[tuple[str, str, str], list[Row]]]] = {}
+    for row in rows:
+        by_defense = grouped.setdefault(case_of(row), {})
+        by_defense.setdefault(defense_of(row), {}).setdefault(target_of(row), []).append(row)
+    groups, budget = [], PICTURES
+    for case, by_defense in grouped.items():
+        for defense in sorted(by_defense, key=lambda name: name != "none"):
+            shown: list[Target] = []
+            everything = by_defense[defense]
+            for target, members in everything.items():
+                if len(shown) == targets or budget <= 0:
+                    break
+                made = _target(target, members, run, images, split.get(case, ()))
+                budget -= sum(
+                    bool(frame.source) for frame in (*made.truth, *(f for strip in made.strips for f in strip.frames))
+                )
+                shown.append(made)
+            groups.append(Group(case, defense, tuple(shown), len(everything) - len(shown)))
+    return groups
+
+
+def _target(
+    target: tuple[str, str, str], rows: Sequence[Row], run: Path, images: int, split: tuple[str, ...]
+) -> Target:
+    federation, client, round_ = target
+    title = ", ".join(
+        part for part in (client or "unnamed client", f"round {round_}" if round_ else "", federation) if part
+    )
+    truth = next((paths for row in rows if (paths := _paths(row, "truth"))), [])
+    ordered = sorted(rows, key=lambda row: _order(row))
+    total = max([len(truth), *(len(_paths(row, "reconstruction")) for row in ordered)])
+    shown = max(1, min(images, total))
+    width, height = _frame_size([*truth, *(path for row in ordered for path in _paths(row, "reconstruction"))], run)
+    private = [
+        _frame(run, path, f"true image {i + 1}", width, height, f"image {i + 1}")
+        for i, path in enumerate(truth[:shown])
+    ]
+    strips = [_strip(row, run, shown, width, height, split) for row in ordered]
+    return Target(title, shown, height, tuple(private), tuple(strips), max(0, total - shown))
+
+
+def _order(row: Row) -> tuple[bool, int, str]:
+    name = text(row, "attack")
+    return is_baseline(row), BASELINES.index(name) if name in BASELINES else len(BASELINES), attack_of(row)
+
+
+def _strip(row: Row, run: Path, shown: int, width: int, height: int, split: tuple[str, ...]) -> Strip:
+    label, spec = text(row, "attack") or attack_of(row), attack_of(row)
+    kind = "baseline" if is_baseline(row) else "attack"
+    parameters = spec.removeprefix(label).strip("()")
+    note = ", ".join(part for part in (parameters, variant_of(row, split)) if part)
+    if kind == "baseline":
+        note = "baseline, looks at the truth" if label == "nearest-public" else "baseline"
+    paths, psnr = _paths(row, "reconstruction"), per_image(row, "psnr_db")
+    if not is_ok(row) or not paths:
+        status = text(row, "status", "ok")
+        reason = text(row, "error") or ("no pictures were saved" if status == "ok" else "no reason given")
+        return Strip(label, note, kind, (), reason if status == "ok" else f"{status}: {reason}")
+    frames = []
+    for i in range(shown):
+        value = psnr[i] if i < len(psnr) else None
+        path = paths[i] if i < len(paths) else None
+        name = f"{spec}, image {i + 1}, PSNR {plain_number(value)} dB"
+        caption = "PSNR missing" if value is None else f"{plain_number(value)} dB"
+        frames.append(_frame(run, path, name, width, height, caption, value is not None and value >= EXACT_DB))
+    return Strip(label, note, kind, tuple(frames))
+
+
+def _paths(row: Row, which: str) -> list[str | None]:
+    images = row.get("images")
+    paths = images.get(which) if isinstance(images, Mapping) else None
+    return [str(path) if path else None for path in paths] if isinstance(paths, list | tuple) else []
+
+
+def _frame(
+    run: Path, path: str | None, alt: str, width: int, height: int, caption: str = "", exact: bool = False
+) -> Frame:
+    if path is None:
+        return Frame("", width, height, caption, alt, "no image for this one")
+    data = _read_png(run, path)
+    if data is None:
+        return Frame("", width, height, caption, alt, "picture file not found")
+    own_width, own_height = _enlarged(data)
+    source = "data:image/png;base64," + base64.b64encode(data).decode("ascii")
+    return Frame(source, own_width, own_height, caption, alt, "", exact)
+
+
+def _frame_size(paths: Sequence[str | None], run: Path) -> tuple[int, int]:
+    """The size of the first picture that can be read: what an empty frame beside it measures."""
+    data = next((found for path in paths if path and (found := _read_png(run, path))), None)
+    return _enlarged(data) if data else (DISPLAY_PIXELS, DISPLAY_PIXELS)
+
+
+def _read_png(run: Path, path: str) -> bytes | None:
+    """The bytes of a PNG inside the run folder; None for anything else, since rows are not to be trusted with paths."""
+    try:
+        file = (run / path).resolve()
+        if not file.is_relative_to(run.resolve()) or not file.is_file():
+            return None
+        data = file.read_bytes()
+    except (OSError, ValueError):
+        return None
+    return data if data.startswith(PNG_MAGIC) and len(data) >= 24 else None
+
+
+def _enlarged(png: bytes) -> tuple[int, int]:
+    """Width and height of the PNG's header, times the whole factor of DISPLAY_PIXELS."""
+    width, height = int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
+    factor = max(1, DISPLAY_PIXELS // max(width, height, 1))
+    return width * factor, height * factor

@@ -1,0 +1,181 @@
+"""From results and truths to rows: the one place, beside oracles, that opens `truth/`. Then everything a report needs.
+
+Scores are computed once a job and kept; the rows file is written anew from them, so it never holds a job twice.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedattack.config import Experiment, Settings
+from fedattack.errors import FedattackError
+from fedattack.jobs import Job, load_outcome, reconstruction_path
+from fedattack.metrics import baselines, matched_images, score
+from fedattack.planning import jobs_of, row_facts, updates_of
+from fedattack.seeding import derive_generator
+from fedattack.store import (
+    FederationFolder,
+    RunFolder,
+    finite,
+    load_reconstruction,
+    load_update,
+    read_json,
+    read_rows,
+    read_tensors,
+    save_png,
+    write_json,
+    write_rows,
+)
+from fedattack.types import Reconstruction
+
+Row = dict[str, Any]
+NO_TRUTH = "no truth was recorded (a deployment has no witness)"
+
+
+def score_run(
+    run: RunFolder, experiment: Experiment, *, on_progress: Callable[[int, int], None] | None = None
+) -> list[Row]:
+    """Score every finished job of the experiment and its baselines; writes rows.jsonl, history.jsonl and incidents.jsonl."""
+    rows: list[Row] = []
+    for number, settings in enumerate(experiment.cells):
+        rows += _cell_rows(run, settings, experiment.score.lpips)
+        if on_progress is not None:
+            on_progress(number + 1, len(experiment.cells))
+    write_rows(run.rows, rows)
+    _gather(run, experiment, "history")
+    _gather(run, experiment, "incidents")
+    return rows
+
+
+def _cell_rows(run: RunFolder, settings: Settings, lpips: Sequence[str]) -> Iterator[Row]:
+    folder = run.federation(settings.federation_id)
+    for update_path in updates_of(folder):
+        truth = _truth(folder, update_path)
+        for path, job in jobs_of(settings, run):
+            if path == update_path:
+                row = _attack_row(run, job, truth, lpips)
+                if row is not None:
+                    yield row
+        if truth is not None and folder.public_images.exists() and settings.attack:
+            yield from _baseline_rows(run, settings, folder, update_path, truth, lpips)
+
+
+def _attack_row(run: RunFolder, job_name: str, truth: dict[str, Tensor] | None, lpips: Sequence[str]) -> Row | None:
+    """The row of a job, None while it has no outcome."""
+    outcome = load_outcome(run.results, job_name)
+    if outcome is None:
+        return None
+    kept = run.scores / f"{job_name}.json"
+    if (
+        kept.exists()
+        and (row := read_json(kept)).get("finished") == outcome.finished
+        and row["lpips_nets"] == list(lpips)
+    ):
+        return dict(row)
+    job = Job.load(run.jobs / f"{job_name}.json")
+    row = {
+        **job.facts,
+        "job": job_name,
+        "kind": "attack",
+        "status": outcome.status,
+        "error": outcome.error,
+        "seconds": outcome.seconds,
+        "device": outcome.device,
+        "finished": outcome.finished,
+        "lpips_nets": list(lpips),
+    }
+    if outcome.status == "ok":
+        found = load_reconstruction(reconstruction_path(run.results, job_name))
+        row |= {
+            "steps": found.steps,
+            "losses": _thinned(found.losses),
+            "diagnostics": found.diagnostics,
+        }
+        row |= _scored(run, job_name, found, truth, lpips)
+    write_json(kept, finite(row))
+    return row
+
+
+def _baseline_rows(
+    run: RunFolder,
+    settings: Settings,
+    folder: FederationFolder,
+    update_path: Path,
+    truth: dict[str, Tensor],
+    lpips: Sequence[str],
+) -> Iterator[Row]:
+    update, _ = load_update(update_path)
+    public = read_tensors(folder.public_images)[0]["images"]
+    generator = derive_generator(settings.seed, "baseline", settings.federation_id, update_path.stem)
+    for name, images in baselines(public.float(), truth["images"].float(), generator=generator).items():
+        job = f"{settings.federation_id}--{update_path.stem}--{name}"
+        kept = run.scores / f"{job}.json"
+        if kept.exists() and read_json(kept)["lpips_nets"] == list(lpips):
+            scored = read_json(kept)
+        else:
+            scored = _scored(run, job, Reconstruction(images=images), truth, lpips) | {"lpips_nets": list(lpips)}
+            write_json(kept, finite(scored))
+        facts = row_facts(settings, update) | {"knowledge": [], "oracles": []}
+        yield {**facts, "job": job, "kind": "baseline", "attack": name, "attack_spec": name, "status": "ok", **scored}
+
+
+def _scored(
+    run: RunFolder, job: str, found: Reconstruction, truth: dict[str, Tensor] | None, lpips: Sequence[str]
+) -> Row:
+    if truth is None:
+        pictures = _pictures(run, job, list(found.images))
+        return {
+            "missing": dict.fromkeys(("psnr_db", "ssim", "mse", "lpips"), NO_TRUTH),
+            "images": {"reconstruction": pictures},
+        }
+    images = truth["images"].float()
+    try:
+        scores = score(found, images, truth.get("labels"), lpips_nets=tuple(lpips))
+    except FedattackError as error:
+        return {"status": "failed", "error": f"result cannot be scored: {error}"}
+    shown = matched_images(found.images, scores.assignment)
+    return scores.as_row() | {
+        "images": {
+            "truth": _pictures(run, _truth_name(job), list(images)),
+            "reconstruction": _pictures(run, job, shown),
+        }
+    }
+
+
+def _pictures(run: RunFolder, name: str, images: Sequence[Tensor | None]) -> list[str | None]:
+    """PNG files of images in the truth's order, as paths below the run folder; None where there is no image."""
+    paths: list[str | None] = []
+    for number, image in enumerate(images):
+        path = run.images / f"{name}-{number}.png"
+        if image is not None and not (path.exists() and name.endswith("--truth")):
+            save_png(path, image)
+        paths.append(None if image is None else str(path.relative_to(run.path)))
+    return paths
+
+
+def _truth_name(job: str) -> str:
+    federation, update, *_ = job.split("--")
+    return f"{federation}--{update}--truth"
+
+
+def _truth(folder: FederationFolder, update_path: Path) -> dict[str, Tensor] | None:
+    path = folder.truth / update_path.name
+    return read_tensors(path)[0] if path.exists() else None
+
+
+def _thinned(losses: Sequence[float], most: int = 200) -> list[float]:
+    """At most `most` of the losses, evenly spaced, the first and the last among them."""
+    if len(losses) <= most:
+        return list(losses)
+    return [losses[round(i * (len(losses) - 1) / (most - 1))] for i in range(most)]
+
+
+def _gather(run: RunFolder, experiment: Experiment, name: str) -> None:
+    """Put the federations' own histories (or incidents) together, each line with its case and defense."""
+    lines = []
+    for settings in {cell.federation_id: cell for cell in experiment.cells}.values():
+        facts = {"case": settings.title, "federation": settings.federation_id, "defense": settings.federation.defense}
+        lines += [facts | row for row in read_rows(getattr(run.federation(settings.federation_id), name))]
+    write_rows(run.path / f"{name}.jsonl", lines)

@@ -1,0 +1,24 @@
+"""The server side: the honest-but-curious wrapper, the strategies it wraps, the attack pool and the engines."""
+
+from strategies.honest_but_curious import EavesdroppingGrid, HonestButCurious
+
+__all__ = ["STRATEGIES", "EavesdroppingGrid", "HonestButCurious"]
+
+STRATEGIES: dict[str, str] = {
+    "fedsgd": "strategies.fedsgd:fedsgd",
+    "fedavg": "strategies.flower:fedavg",
+    "fedavgm": "strategies.flower:fedavgm",
+    "fedadam": "strategies.flower:fedadam",
+    "fedyogi": "strategies.flower:fedyogi",
+    "fedprox": "strategies.flower:fedprox",
+    "qfedavg": "strategies.flower:qfedavg",
+    "fedmedian": "strategies.flower:fedmedian",
+    "fedtrimmedavg": "strategies.flower:fedtrimmedavg",
+    "krum": "strategies.flower:krum",
+    "multikrum": "strategies.flower:multikrum",
+    "bulyan": "strategies.flower:bulyan",
+    "dp-server-fixed": "strategies.flower:dp_server_fixed",
+    "dp-server-adaptive": "strategies.flower:dp_server_adaptive",
+    "dp-client-fixed": "strategies.flower:dp_client_fixed",
+    "dp-client-adaptive": "strategies.flower:dp_client_adaptive",
+}

@@ -1,0 +1,129 @@
+"""Train the federations of an experiment on a Grid, copy the updates, hand the copies to the attack pool."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.serverapp import Grid
+
+from fedattack.cells import build_victim, evaluate, initial_state, load_splits
+from fedattack.config import Experiment, Settings
+from fedattack.jobs import torch_threads
+from fedattack.planning import plan_jobs, prepare_federation, update_context, updates_of
+from fedattack.registry import STRATEGIES
+from fedattack.store import FederationFolder, RunFolder, UpdateFolder, append_row, write_json, write_tensors
+from fedattack.types import Update
+from strategies.attack_pool import AttackPool
+from strategies.honest_but_curious import HonestButCurious, Incident
+from strategies.inspection import to_state
+
+log = logging.getLogger("fedattack.server")
+
+OnRound = Callable[[Settings, int], None]
+
+
+def groups_of(experiment: Experiment) -> list[list[Settings]]:
+    """Cells that share a federation, in the order in which they are written."""
+    groups: dict[str, list[Settings]] = {}
+    for settings in experiment.cells:
+        groups.setdefault(settings.federation_id, []).append(settings)
+    return list(groups.values())
+
+
+def run_federations(
+    grid: Grid,
+    experiment: Experiment,
+    run: RunFolder,
+    pool: AttackPool,
+    *,
+    witness: bool = True,
+    on_round: OnRound | None = None,
+) -> None:
+    """Every federation that is not done yet, one after another; attacks start as soon as there is a copy.
+
+    `witness` asks the clients to write the truth beside the copies, which only makes sense where they share this disk.
+    """
+    for cells in groups_of(experiment):
+        folder = run.federation(cells[0].federation_id)
+        if folder.done.exists():
+            for path in updates_of(folder):
+                _submit(cells, run, pool, path, experiment.pool.timeout_seconds)
+        else:
+            _run_federation(grid, cells, run, pool, experiment.pool.timeout_seconds, witness, on_round)
+
+
+def _run_federation(
+    grid: Grid,
+    cells: Sequence[Settings],
+    run: RunFolder,
+    pool: AttackPool,
+    timeout_seconds: float,
+    witness: bool,
+    on_round: OnRound | None,
+) -> None:
+    settings = cells[0]
+    folder = run.federation(settings.federation_id)
+    _clear(folder)
+    splits = load_splits(settings)
+    shape, classes = splits.private.image_shape, splits.private.num_classes
+    public = max((cell.threat.public_images for cell in cells), default=0)
+    prepare_federation(settings, folder, splits.public.images(range(min(public, len(splits.public)))))
+    save = UpdateFolder(folder.updates, update_context(settings, shape, classes))
+
+    def sink(update: Update) -> None:
+        _submit(cells, run, pool, save(update), timeout_seconds)
+
+    def on_incident(incident: Incident) -> None:
+        append_row(folder.incidents, asdict(incident))
+
+    def measure(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        with torch_threads(1):
+            figures = evaluate(settings, to_state(arrays), splits.test)
+        named = {f"test_{name}": value for name, value in figures.items()}
+        append_row(folder.history, {"round": server_round, **named})
+        if on_round is not None:
+            on_round(settings, server_round)
+        return MetricRecord(dict(named))
+
+    strategy = HonestButCurious(
+        STRATEGIES.create(
+            settings.federation.strategy_name, federation=settings.federation, **settings.federation.strategy_options
+        ),
+        sink,
+        rounds=settings.capture.rounds,
+        clients=settings.capture.clients,
+        kind="gradient" if settings.federation.protocol == "fedsgd" else "weights",
+        on_incident=on_incident,
+    )
+    arrays = ArrayRecord(initial_state(build_victim(settings, shape, classes)))
+    config = {
+        "fedattack": settings.model_dump_json(exclude={"attack", "threat", "capture", "title"}),
+        "truth": str(folder.truth.resolve()) if witness else "",
+    }
+    result = strategy.start(
+        grid,
+        arrays,
+        num_rounds=settings.federation.rounds,
+        train_config=ConfigRecord(config),
+        evaluate_config=ConfigRecord({"fedattack": config["fedattack"]}),
+        evaluate_fn=measure,
+    )
+    for server_round, metrics in result.train_metrics_clientapp.items():
+        append_row(folder.history, {"round": server_round, "train_loss": metrics.get("train-loss")})
+    if len(result.arrays):
+        write_tensors(folder.model, to_state(result.arrays), {"type": "model", "rounds": settings.federation.rounds})
+    write_json(folder.done, {"rounds": settings.federation.rounds, "updates": len(updates_of(folder))})
+
+
+def _submit(cells: Sequence[Settings], run: RunFolder, pool: AttackPool, path: Path, timeout_seconds: float) -> None:
+    for cell in cells:
+        for job in plan_jobs(cell, run, path, timeout_seconds=timeout_seconds):
+            pool.submit(job)
+
+
+def _clear(folder: FederationFolder) -> None:
+    """A federation that was cut off starts anew: what it had copied belongs to rounds that will be trained again."""
+    for path in (folder.history, folder.incidents):
+        path.unlink(missing_ok=True)

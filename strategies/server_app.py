@@ -1,0 +1,78 @@
+"""The Flower ServerApp: for `flwr run .`, for `fedattack run` with engine = "simulation", and for deployment.
+
+`app` reads its configuration from the run config of `flwr run` (keys config, run-dir, overrides); `make_server_app` takes it
+as arguments. Both train every federation of the configuration, drain the attack pool, and leave a run folder.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedattack.config import Experiment, load_config
+from fedattack.errors import ConfigError, must
+from fedattack.store import RunFolder
+from strategies.attack_pool import AttackPool, OnStatus
+from strategies.federation import OnRound, run_federations
+
+APP_ROOT = Path(__file__).resolve().parent.parent
+
+
+def make_server_app(
+    experiment: Experiment, run: RunFolder, *, on_round: OnRound | None = None, on_status: OnStatus | None = None
+) -> ServerApp:
+    """A ServerApp that runs this experiment into this folder inside Flower's simulation."""
+    server_app = ServerApp()
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        serve(grid, experiment, run, on_round=on_round, on_status=on_status)
+
+    return server_app
+
+
+def serve(
+    grid: Grid,
+    experiment: Experiment,
+    run: RunFolder,
+    *,
+    witness: bool = True,
+    on_round: OnRound | None = None,
+    on_status: OnStatus | None = None,
+) -> None:
+    """Train, copy, attack; every job has an outcome when this returns (Flower shuts Ray down right afterwards)."""
+    with AttackPool(run, experiment.pool, wait_for_ray=type(grid).__name__ == "InMemoryGrid") as pool:
+        run_federations(grid, experiment, run, pool, witness=witness, on_round=on_round)
+        pool.drain(on_status=on_status)
+
+
+def read_run_config(run_config: Mapping[str, Any]) -> tuple[Experiment, RunFolder]:
+    """The experiment and the run folder that a run config names; a relative recipe is looked up here, then in the app."""
+    named = Path(str(run_config.get("config", "")))
+    places = [named] if named.is_absolute() else [Path.cwd() / named, APP_ROOT / named]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise ConfigError(must("config", "a TOML file in " + " or ".join(str(p.parent) for p in places), str(named)))
+    experiment = load_config(path, str(run_config.get("overrides", "")).split())
+    clients = {cell.federation.clients for cell in experiment.cells}
+    if len(clients) > 1:
+        raise ConfigError(f"federation.clients must be the same in all cells under `flwr run`, got {sorted(clients)}")
+    folder = str(run_config.get("run-dir", "")) or os.environ.get("FEDATTACK_RUN_DIR", "") or f"runs/{experiment.name}"
+    return experiment, RunFolder(Path(folder).resolve())
+
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """`flwr run .`: the whole road, report included."""
+    from fedattack.finishing import begin_run, finish_run
+
+    experiment, run = read_run_config(context.run_config)
+    begun = begin_run(run, experiment, engine="flwr run", command="flwr run .")
+    serve(grid, experiment, run)
+    finish_run(run, experiment, begun)

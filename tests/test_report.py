@@ -1,0 +1,409 @@
+"""The report: its arithmetic recomputed by hand, its pages against hostile and broken run folders."""
+
+import base64
+import csv
+import hashlib
+import json
+import math
+import re
+import statistics
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedattack.errors import FedattackError
+from fedattack.report import TITLES, build_report, read_lines, summary
+from fedattack.report.charts import Series, line_chart
+from fedattack.report.gallery import gallery
+from fedattack.report.summary import classify, defense_label, headlines, markdown_table, summarise, write_table
+
+HOSTILE = '<script>alert("x")</script>'
+
+
+def row(attack: str, psnr: list[float] | None, **fields: Any) -> dict[str, Any]:
+    made = {
+        "case": "dlg on LeNet", "federation": "fed", "client": "client-0", "round": 1, "attack": attack, "kind": "attack",
+        "status": "ok", "defense": "none",
+    }  # fmt: skip
+    if psnr is not None:
+        made |= {"psnr_db": psnr, "mse": [10 ** (-p / 10) for p in psnr], "ssim": [p / 100 for p in psnr]}
+    return made | fields
+
+
+def base(attack: str, psnr: list[float], **fields: Any) -> dict[str, Any]:
+    return row(attack, psnr, kind="baseline", **fields)
+
+
+NOISY = {"defense": "gaussian-noise(sigma=0.01)", "federation": "fed-noise"}
+ROWS = [
+    base("mean-image", [12.0, 14.0]),
+    base("noise", [6.0, 7.0]),
+    base("mean-image", [13.0, 15.0], client="client-1"),
+    row("dlg", [70.0, 30.0], attack_spec="dlg(iterations=300)", seconds=2.0, steps=100, lpips={"squeeze": [0.1, 0.2]}),
+    row("dlg", [80.0, 10.0], attack_spec="dlg(iterations=300)", seconds=4.0, steps=500, client="client-1"),
+    row("gidm", [25.0, 25.0], oracles=["labels"], label_accuracy=1.0),
+    row("gidm", [15.0, 16.5], label_accuracy=0.5, client="client-1"),
+    row("analytic", None, status="not-applicable", error="no linear layer"),
+    base("mean-image", [12.0, 14.0], **NOISY),
+    row("dlg", [11.0, 12.0], attack_spec="dlg(iterations=300)", **NOISY),
+]
+
+
+def png(path: Path, seed: int, size: int = 8) -> bytes:
+    from PIL import Image
+
+    pixels = torch.rand(size, size, 3, generator=torch.Generator().manual_seed(seed))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((pixels * 255).byte().numpy()).save(path)
+    return path.read_bytes()
+
+
+def run_folder(path: Path, rows: list[dict[str, Any]], **lines: list[dict[str, Any]]) -> Path:
+    path.mkdir(exist_ok=True)
+    for name, entries in ({"rows": rows} | lines).items():
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def page_of(run: Path) -> str:
+    return build_report(run).read_text(encoding="utf-8")
+
+
+def words_of(page: str) -> str:
+    body = re.sub(r"<(style|script)>.*?</\1>", "", page, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", body))
+
+
+# ------------------------------------------------------------------------------------------------ arithmetic
+def test_a_cell_is_over_all_images() -> None:
+    cells = {(c.defense, c.attack): c for c in summarise(ROWS)}
+    dlg = cells["none", "dlg(iterations=300)"]
+    values = [70.0, 30.0, 80.0, 10.0]
+    assert dlg.psnr_db is not None
+    assert (dlg.psnr_db.count, dlg.psnr_db.mean) == (4, statistics.fmean(values))
+    assert dlg.psnr_db.std == pytest.approx(math.sqrt(sum((v - 47.5) ** 2 for v in values) / 3))
+    assert (dlg.psnr_db.low, dlg.psnr_db.high) == (10.0, 80.0)
+    assert dlg.baseline == "mean-image"
+    assert dlg.baseline_db == 13.5
+    assert dlg.gain_db == pytest.approx(((70 - 12) + (30 - 14) + (80 - 13) + (10 - 15)) / 4)
+    assert dlg.mse_geometric == pytest.approx(10**-4.75)
+    assert dlg.mse_median == pytest.approx((1e-3 + 1e-7) / 2)
+    assert dlg.ssim == pytest.approx(0.475)
+    assert dlg.lpips == {"squeeze": pytest.approx(0.15)}
+    assert dlg.verdicts == {"exact": 2, "recognisable": 1, "hidden": 1}
+    assert (dlg.verdict, dlg.exact) == ("exact", 2)
+    assert dlg.seconds == 3.0
+    assert dlg.seconds_per_step == pytest.approx(6.0 / 600)
+
+
+def test_given_labels_are_no_success() -> None:
+    gidm = next(c for c in summarise(ROWS) if c.attack == "gidm")
+    assert (gidm.label_accuracy, gidm.labels_given, gidm.oracles) == (0.5, True, ("labels",))
+    assert summary.label_text(gidm) == "50 %"
+    only = summarise([row("gidm", [25.0], oracles=["labels"], label_accuracy=1.0)])[0]
+    assert summary.label_text(only) == "given"
+
+
+def test_order_and_failures() -> None:
+    cells = summarise(ROWS)
+    names = [(c.defense, c.attack) for c in cells]
+    assert names == [
+        ("none", "dlg(iterations=300)"), ("none", "gidm"), ("none", "analytic"), ("none", "mean-image"), ("none", "noise"),
+        (NOISY["defense"], "dlg(iterations=300)"), (NOISY["defense"], "mean-image"),
+    ]  # fmt: skip
+    assert (cells[2].jobs, cells[2].failed_jobs, cells[2].images, cells[2].verdict) == (1, 1, 0, "undecided")
+
+
+def test_headline_gives_the_best_attack_and_the_defenses_effect() -> None:
+    (line,) = headlines(summarise(ROWS))
+    plain, noisy = line.findings
+    assert line.reference is plain
+    assert plain.best is not None
+    assert plain.best.attack == "dlg(iterations=300)"
+    assert plain.effect_db is None
+    assert noisy.best is not None
+    assert noisy.effect_db == pytest.approx(11.5 - 47.5)
+    assert noisy.best.verdict_words == "no better than the mean image"
+
+
+@pytest.mark.parametrize(
+    ("psnr", "baseline", "verdict"),
+    [
+        (60.0, 70.0, "exact"), (59.9, 12.0, "recognisable"), (20.0, 17.0, "recognisable"), (20.0, 17.5, "partly recovered"),
+        (19.0, 12.0, "partly recovered"), (12.9, 12.0, "hidden"), (25.0, None, "recognisable"), (12.0, None, "undecided"),
+    ],
+)  # fmt: skip
+def test_verdict_of_one_image(psnr: float, baseline: float | None, verdict: str) -> None:
+    assert classify(psnr, baseline) == verdict
+
+
+def test_a_verdict_needs_half_of_the_images() -> None:
+    cell = summarise([base("noise", [5.0] * 4), row("dlg", [200.0, 30.0, 5.0, 5.0])])[0]
+    assert cell.verdict == "recognisable"
+    cell = summarise([base("noise", [5.0] * 4), row("dlg", [200.0, 5.0, 5.0, 5.0])])[0]
+    assert (cell.verdict, cell.exact) == ("hidden", 1)
+
+
+def test_threat_models_of_one_attack_stay_apart() -> None:
+    cells = summarise([row("dlg", [20.0], threat_model="strict"), row("dlg", [40.0], threat_model="oracle")])
+    assert [(c.variant, c.images) for c in cells] == [("oracle", 1), ("strict", 1)]
+
+
+def test_gaps_and_infinities() -> None:
+    cell = summarise([row("dlg", None, psnr_db=[None, 30.0, float("inf"), float("nan"), "x", True])])[0]
+    assert cell.psnr_db is not None
+    assert (cell.psnr_db.count, cell.psnr_db.mean) == (2, 115.0)
+
+
+def test_texts() -> None:
+    assert defense_label("gaussian-noise(sigma=0.01)") == "gaussian-noise σ=0.01"
+    assert defense_label("none") == "no defense"
+    assert summary.plain_number(-23.44, sign=True) == "−23.4"
+    assert summary.plain_number(-0.04, sign=True) == "0.0"
+    assert summary.small_number(0.00001) == "1.0e−5"
+    assert summary.plain_number(None) == "–"
+
+
+# ------------------------------------------------------------------------------------------------ tables as files
+def test_markdown_holds_the_same_numbers() -> None:
+    table = markdown_table([*ROWS, row("a|b<i>\nc", [20.0])])
+    lines = table.splitlines()
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+    assert "47.5 ± 33.0 (10.0 to 80.0)" in table
+    assert "| +34.0 |" in table
+    assert r"a\|b&lt;i> c" in table
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_write_table(tmp_path: Path, suffix: str) -> None:
+    rows = [*ROWS, {"attack": "=cmd()", "round": 2.5, "missing": {"ssim": "too small"}}]
+    path = write_table(rows, tmp_path / f"rows{suffix}")
+    if suffix == ".csv":
+        with path.open(newline="") as file:
+            back: list[dict[str, Any]] = list(csv.DictReader(file))
+        assert back[-1]["attack"] == "'=cmd()"
+    else:
+        import pyarrow.parquet
+
+        back = pyarrow.parquet.read_table(path).to_pylist()
+        assert back[-1]["attack"] == "=cmd()"
+        assert back[-1]["round"] == 2.5
+        assert back[-1]["client"] is None
+    assert len(back) == len(rows)
+    assert json.loads(back[0]["psnr_db"]) == [12.0, 14.0]
+    assert json.loads(back[-1]["missing"]) == {"ssim": "too small"}
+
+
+def test_write_table_refuses_other_files(tmp_path: Path) -> None:
+    with pytest.raises(FedattackError, match=r"one of .csv, .parquet"):
+        write_table(ROWS, tmp_path / "rows.cvs")
+
+
+# ------------------------------------------------------------------------------------------------ the page
+class Checker(HTMLParser):
+    """Tags balance, nothing is loaded from elsewhere, every table row is as wide as its head."""
+
+    VOID = frozenset({"meta", "img", "br", "link", "input", "hr"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.ids: list[str | None] = []
+        self.scripts = 0
+        self.texts: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        for name in ("src", "href", "srcset", "action", "data", "xlink:href"):
+            assert (values.get(name) or "#").startswith(("#", "data:image/png;base64,")), values
+        assert not any(name.startswith("on") for name in values)
+        if tag == "img":
+            self.images.append(values)
+            assert values["alt"]
+        self.scripts += tag == "script"
+        if "id" in values:
+            self.ids.append(values["id"])
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag in ("line", "circle")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def check(page: str) -> Checker:
+    checker = Checker()
+    checker.feed(page)
+    checker.close()
+    assert checker.open == []
+    assert checker.scripts == 1
+    assert checker.ids == list(TITLES)
+    assert not re.search(r"@import|url\(|https?://", page.replace("https://config.example", ""))
+    script = re.search(r"<script>(.*)</script>", page, re.DOTALL)
+    assert script is not None
+    digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
+    assert f"'sha256-{digest}'" in page.replace("&#39;", "'")
+    assert "prefers-color-scheme: dark" in page
+    return checker
+
+
+@pytest.fixture
+def full_run(tmp_path: Path) -> Path:
+    run = tmp_path / "run"
+    truth = {"truth": ["images/t0.png", "images/t1.png"]}
+    png(run / "images/t0.png", 0), png(run / "images/t1.png", 1), png(run / "images/r0.png", 2)
+    rows = [
+        entry | {"images": truth | {"reconstruction": ["images/r0.png", None]}} if entry["status"] == "ok" else entry
+        for entry in ROWS
+    ]
+    rows[3] |= {"losses": [1.0 / (i + 1) for i in range(50)], "knowledge": ["image_shape"], "client": HOSTILE}
+    rows[5] |= {"knowledge": ["image_shape", "labels"], "missing": {"ssim": f"too small {HOSTILE}"}}
+    rows[9] |= {"defense_facts": {"noise_std": 0.01}}
+    rows.append(row(HOSTILE, None, status="failed", error=f"ValueError: {HOSTILE}"))
+    history = [
+        {"case": "dlg on LeNet", "federation": f, "round": r, "test_accuracy": a * r / 2, "test_loss": 1 / r}
+        for f, a in (("fed", 0.8), ("fed-noise", 0.7))
+        for r in (1, 2)
+    ]
+    incidents = [{"federation": "fed", "round": 1, "client": HOSTILE, "problems": ["fc.bias must be finite, got nan"]}]
+    run_folder(run, rows, history=history, incidents=incidents)
+    (run / "config.toml").write_text(f'name = "{HOSTILE}"\nsite = "https://config.example"\n')
+    about = {
+        "name": HOSTILE,
+        "seed": 7,
+        "command": "fedattack run",
+        "versions": {"torch": "2.15"},
+        "wall_seconds": 12.5,
+    }
+    (run / "about.json").write_text(json.dumps(about))
+    return run
+
+
+def test_the_page_shows_every_section(full_run: Path) -> None:
+    page = page_of(full_run)
+    check(page)
+    words = words_of(page)
+    for title in TITLES.values():
+        assert title in words
+    assert "The best attack without a defense, dlg(iterations=300) , reaches 47.5 dB on average over 4 images" in words
+    assert "With gaussian-noise σ=0.01: −36.0 dB (dlg(iterations=300) 11.5 dB, no better than the mean image)." in words
+    assert "47.5 ± 33.0" in words
+    assert "10.0 to 80.0" in words
+    assert "noise_std 0.01" in words
+    assert "not-applicable: no linear layer" in words
+    assert "oracle: labels" in words
+    assert "fc.bias must be finite, got nan" in words
+    assert re.search(r"fed-noise gaussian-noise σ=0.01 2 70.0 % −10.0 0.5 –", words)
+    assert "Keep this folder private." in words
+    assert page.count("<svg") == 3
+    assert "fedattack run" in words
+    assert "torch 2.15" in words
+
+
+def test_hostile_text_is_escaped(full_run: Path) -> None:
+    page = page_of(full_run)
+    assert HOSTILE not in page
+    assert page.count("&lt;script&gt;") >= 6
+
+
+def test_pictures_are_the_files_bytes(full_run: Path) -> None:
+    page = page_of(full_run)
+    images = check(page).images
+    for name in ("t0", "t1", "r0"):
+        data = (full_run / f"images/{name}.png").read_bytes()
+        assert any(image["src"] == "data:image/png;base64," + base64.b64encode(data).decode() for image in images)
+    assert {(image["width"], image["height"]) for image in images} == {("96", "96")}
+    assert "image-rendering: pixelated" in page
+    assert "no image for this one" in page
+
+
+def test_paths_cannot_leave_the_run_folder(tmp_path: Path) -> None:
+    secret = png(tmp_path / "secret.png", 3)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "not.png").write_text("no picture at all, but a file that is long enough")
+    paths = ["../secret.png", str(tmp_path / "secret.png"), "not.png", "\0", "x" * 5000]
+    run = run_folder(tmp_path / "run", [row("dlg", [20.0] * 5, images={"truth": paths, "reconstruction": paths})])
+    page = page_of(run)
+    assert check(page).images == []
+    assert base64.b64encode(secret).decode() not in page
+    assert "picture file not found" in page
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [{}],
+        [ROWS[3]],
+        [ROWS[7]],
+        [row("dlg", None, status="failed", error="lone surrogate \ud800, line separator \u2028")],
+        [base("noise", [5.0])],
+        [{"case": None, "images": "x", "lpips": [1], "missing": [], "losses": "x", "knowledge": 3, "psnr_db": {"a": 1}}],
+        [{"attack": "unheard-of", "status": "ok", "psnr_db": 12.5, "losses": [0, -1, None], "images": {"truth": None}}],
+        [row("dlg", [20.0], losses=[1.0, None, 3.0], steps=0, defense_facts={"a": "b", "c": None}, round=None)],
+    ],
+)  # fmt: skip
+def test_thin_and_broken_rows(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    check(
+        page_of(run_folder(tmp_path / "run", rows, history=[{}, {"round": "x"}], incidents=[{}, {"problems": "one"}]))
+    )
+    markdown_table(rows)
+
+
+def test_an_empty_folder_and_none(tmp_path: Path) -> None:
+    page = page_of(tmp_path)
+    check(page)
+    assert "The run has no results yet." in page
+    with pytest.raises(FedattackError, match="a folder that exists"):
+        build_report(tmp_path / "nothing")
+
+
+def test_unreadable_lines_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(json.dumps(ROWS[3]).encode() + b'\n{"cut": \n[1]\n\xff\xfe\n')
+    counts: dict[str, int] = {}
+    assert len(read_lines(tmp_path / "rows.jsonl", counts)) == 1
+    assert counts == {"rows.jsonl": 3}
+    (tmp_path / "about.json").write_text("[]")
+    assert "3 in rows.jsonl, 1 in about.json" in page_of(tmp_path)
+
+
+def test_thousands_of_rows_are_capped_and_counted(tmp_path: Path) -> None:
+    png(tmp_path / "images/t.png", 4)
+    pictures = {"truth": ["images/t.png"] * 10, "reconstruction": ["images/t.png"] * 10}
+    rows = [
+        row("dlg", [20.0] * 10, client=f"client-{i}", images=pictures, losses=[2.0, 1.0], error=f"e{i}")
+        for i in range(2000)
+    ]
+    rows += [row("gidm", None, client=f"client-{i}", status="failed", error=f"e{i}") for i in range(1000)]
+    run = run_folder(tmp_path, rows)
+    page = page_of(run)
+    assert len(check(page).images) == 3 * 2 * 8
+    words = words_of(page)
+    assert "1,997 more updates not shown" in words
+    assert "2 more images of this update not shown" in words
+    assert "800 more kinds of failure not shown" in words
+    assert "4 of 2,000 jobs" in words
+    assert len(page) < 1_000_000
+    (group,) = gallery(rows, run, targets=1, images=2)
+    assert (len(group.targets), group.hidden, group.targets[0].rows, group.targets[0].hidden) == (1, 1999, 2, 8)
+
+
+# ------------------------------------------------------------------------------------------------ charts
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("values", [[1.0, 1.0], [1e-30, 1e30], [3.0], [0.0, -1.0, 5.0], [1.0, 1.1], [math.nan, 2.0]])
+def test_charts_stay_inside_their_box(values: list[float], log: bool) -> None:
+    svg = line_chart([Series("<b>", tuple(enumerate(values)), 9)], title='"t"', x_label="x", y_label="y", log=log)
+    assert "<b>" not in svg
+    for x, y in re.findall(r"(-?[\d.]+|nan|inf),(-?[\d.]+|nan|inf)", " ".join(re.findall(r'points="([^"]*)"', svg))):
+        assert 0 <= float(x) <= 440
+        assert 0 <= float(y) <= 250
+
+
+def test_a_chart_without_points_is_nothing() -> None:
+    assert line_chart([Series("a", ((0.0, -1.0),), 0)], title="t", x_label="x", y_label="y", log=True) == ""
