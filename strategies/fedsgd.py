@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import FedAvg
 from fedattack.config import FederationSettings
 from fedattack.types import UpdateKind
 from strategies.flower import common_options
+from strategies.honest_but_curious import num_examples_of
 from strategies.inspection import inspect, to_state
 
 log = logging.getLogger("fedattack.server")
@@ -59,7 +60,7 @@ class FedSGD(FedAvg):
         for reply in replies:
             if not reply.has_error():
                 records = list(reply.content.array_records.values())
-                if len(records) != 1 or len(reply.content.metric_records) != 1 or inspect(records[0], arrays, ())[1]:
+                if len(records) != 1 or num_examples_of(reply)[1] or inspect(records[0], arrays, ())[1]:
                     log.warning("round without node %s: malformed gradient", reply.metadata.src_node_id)
                     continue
                 names |= set(records[0])

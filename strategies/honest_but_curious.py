@@ -142,7 +142,7 @@ class HonestButCurious(Strategy):
             raise MalformedUpdate(must("a reply", "exactly one ArrayRecord", len(records)))
         names = expected if self.kind == "gradient" else list(sent)
         state, problems = inspect(records[0], sent, names)
-        examples, problem = _num_examples(reply)
+        examples, problem = num_examples_of(reply)
         problems += [problem] if problem else []
         if problems:
             raise MalformedUpdate("\n".join(problems))
@@ -252,10 +252,14 @@ def _order(reply: Message) -> tuple[bool, int, int]:
     return reply.has_error(), 2**31 if partition is None else partition, reply.metadata.src_node_id
 
 
-def _num_examples(reply: Message) -> tuple[int | None, str]:
-    for record in reply.content.metric_records.values():
-        value = record.get("num-examples")
-        if isinstance(value, int | float):
-            sane = value == value and 0 <= value < 2**53
-            return (int(value), "") if sane else (None, must("num-examples", "a count", value))
-    return None, ""
+def num_examples_of(reply: Message) -> tuple[int | None, str]:
+    """The number of examples that a reply reports (None where it reports none), and what is wrong with it."""
+    records = list(reply.content.metric_records.values())
+    if len(records) != 1:
+        return None, must("a reply", "exactly one MetricRecord", len(records))
+    value = records[0].get("num-examples")
+    if value is None:
+        return None, ""
+    if not isinstance(value, int | float) or not 0 < value < 2**53:
+        return None, must("num-examples", "a positive count", value)
+    return int(value), ""
