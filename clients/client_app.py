@@ -17,22 +17,13 @@ from clients.training import client_name, defend, train_locally
 from fedattack.cells import client_shares, evaluate, load_splits
 from fedattack.config import Settings
 from fedattack.data import ImageData, load_dataset
-from fedattack.errors import FedattackError, must, one_of
+from fedattack.errors import FedattackError, must
 from fedattack.jobs import torch_threads
-from fedattack.registry import parse_spec
+from fedattack.registry import MODS, parse_spec
 from fedattack.seeding import derive_seed
 
 Handler = Callable[[Message, Context], Message]
 Mod = Callable[[Message, Context, Handler], Message]
-
-FLOWER_MODS = {
-    "fixedclipping": "fixedclipping_mod",
-    "adaptiveclipping": "adaptiveclipping_mod",
-    "localdp": "LocalDpMod",
-    "message-size": "message_size_mod",
-    "arrays-size": "arrays_size_mod",
-}
-"""Flower's own client mods by the names that a configuration uses."""
 
 
 def settings_of(message: Message) -> Settings:
@@ -43,7 +34,7 @@ def settings_of(message: Message) -> Settings:
 def defense_mod(message: Message, context: Context, call_next: Handler) -> Message:
     """The cell's own defenses as a Flower mod: what leaves the client is what they make of the update."""
     settings, sent = settings_of(message), _arrays(message).to_torch_state_dict()
-    partition_id, seed = _partition_id(context), _client_seed(context, settings_of(message))
+    partition_id, seed = partition_id_of(context), client_seed(context, settings_of(message))
     reply = call_next(message, context)
     if reply.has_error() or not settings.federation.defenses():
         return reply
@@ -64,13 +55,9 @@ def defense_mod(message: Message, context: Context, call_next: Handler) -> Messa
 
 def flower_mod(spec: str) -> Mod:
     """One of Flower's own mods: "fixedclipping", "localdp(clipping_norm=1.0, sensitivity=…, epsilon=…, delta=…)"."""
-    from flwr.clientapp import mod
-
     name, parameters = parse_spec(spec)
-    if name not in FLOWER_MODS:
-        raise FedattackError(one_of("mod", FLOWER_MODS, name))
-    found = getattr(mod, FLOWER_MODS[name])
-    made: Mod = found(**parameters) if isinstance(found, type) else found
+    found = MODS.get(name)
+    made: Mod = MODS.create(name, **parameters) if isinstance(found, type) else found
     return made
 
 
@@ -84,7 +71,7 @@ def configured_mods(message: Message, context: Context, call_next: Handler) -> M
 def train(message: Message, context: Context) -> Message:
     """One round of local training."""
     config, settings = _config(message), settings_of(message)
-    partition_id = _partition_id(context)
+    partition_id = partition_id_of(context)
     truth = str(config.get("truth", ""))
     with torch_threads(1):
         result = train_locally(
@@ -93,7 +80,7 @@ def train(message: Message, context: Context) -> Message:
             private_data(settings, context),
             client=client_name(partition_id),
             server_round=int(config["server-round"]),
-            seed=_client_seed(context, settings),
+            seed=client_seed(context, settings),
             proximal_mu=float(config.get("proximal-mu", 0.0)),
             truth=Path(truth) if truth else None,
         )
@@ -116,7 +103,7 @@ def private_data(settings: Settings, context: Context) -> ImageData:
     own = str(context.node_config.get("dataset", ""))
     if own:
         return load_dataset(own, **settings.data.options).private
-    partition_id, shares = _partition_id(context), client_shares(settings)
+    partition_id, shares = partition_id_of(context), client_shares(settings)
     if partition_id >= len(shares):
         raise FedattackError(
             must("partition-id of a node", f"below the number of clients, {len(shares)}", partition_id)
@@ -147,13 +134,15 @@ def _arrays(message: Message) -> ArrayRecord:
     return next(iter(message.content.array_records.values()))
 
 
-def _partition_id(context: Context) -> int:
+def partition_id_of(context: Context) -> int:
+    """Which client a node is; every engine and deployment says it in the node config."""
     if "partition-id" not in context.node_config:
         raise FedattackError(must("node config", "given a partition-id", dict(context.node_config)))
     return int(context.node_config["partition-id"])
 
 
-def _client_seed(context: Context, settings: Settings) -> int:
+def client_seed(context: Context, settings: Settings) -> int:
+    """The client's own root seed: the node's "private-seed" where it has one, else derived from the run's."""
     own = context.node_config.get("private-seed")
     return derive_seed(settings.seed, "clients") if own is None else derive_seed(int(own), "clients")
 

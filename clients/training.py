@@ -56,9 +56,10 @@ def train_locally(
     `seed` is the client's own: its images, and for a DDPM t and ε of every image (GIDM, Algorithm 1), are drawn from it.
     Where `truth` names a folder the witness writes there what was really used.
     """
-    federation, task = settings.federation, settings.task.build()
+    federation, task, dtype = settings.federation, settings.task.build(), DTYPES[settings.precision]
+    sent = {name: tensor.to(dtype) for name, tensor in sent.items()}  # some strategies aggregate in another precision
     indices = choose_examples(data, settings, client, server_round, seed)
-    images, labels = data.images(indices, DTYPES[settings.precision]), data.labels[indices]
+    images, labels = data.images(indices, dtype), data.labels[indices]
     generator = derive_generator(seed, "training", client, f"round-{server_round}")
     model = build_victim(settings, data.image_shape, data.num_classes)
     defenses, batches = build_defenses(settings), []

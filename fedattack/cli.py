@@ -31,6 +31,7 @@ class Kind(StrEnum):
     models = "models"
     datasets = "datasets"
     strategies = "strategies"
+    mods = "mods"
 
 
 def main() -> None:

@@ -28,11 +28,11 @@ from fedattack.registry import (
     DATASETS,
     DEFENSES,
     MODELS,
+    MODS,
     STRATEGIES,
     Registry,
     format_spec,
     parameter_problems,
-    parameters_of,
     parse_spec,
 )
 from fedattack.seeding import derive_seed
@@ -88,6 +88,11 @@ class FederationSettings(_Section):
     @property
     def images_per_round(self) -> int:
         return self.examples or self.batch_size * self.local_steps
+
+    @property
+    def secure_aggregation(self) -> bool:
+        """Whether clients mask their updates with SecAgg+."""
+        return any(parse_spec(mod)[0] == "secaggplus" for mod in self.mods)
 
     @property
     def strategy_name(self) -> str:
@@ -288,6 +293,20 @@ def check_settings(settings: Settings, source: _Source | None = None) -> list[st
             check("federation.defense", DEFENSES, defense, parameters)
     except FedattackError as error:
         problems.append(source.at(f"federation.defense: {error}"))
+    for number, mod in enumerate(federation.mods):
+        key = f"federation.mods[{number}]"
+        try:
+            name, parameters = parse_spec(mod)
+            takes_parameters = isinstance(MODS.get(name), type)
+        except FedattackError as error:
+            problems.append(source.at(f"{key}: {error}"))
+            continue
+        if takes_parameters:
+            check(key, MODS, name, parameters)
+        elif parameters:
+            problems.append(source.at(f"{key}: {name} takes no parameters"))
+        if name == "secaggplus" and (len(federation.mods) > 1 or federation.strategy_name != "fedavg"):
+            problems.append(source.at(f"{key}: secaggplus must be the only mod, with strategy = 'fedavg'"))
     if federation.protocol == "fedsgd":
         if federation.local_steps != 1:
             problems.append(source.at("federation.local_steps: must be 1 under fedsgd, which sends one gradient"))
@@ -313,11 +332,6 @@ def check_settings(settings: Settings, source: _Source | None = None) -> list[st
         if settings.task.name in TASKS and settings.task.name not in tasks:
             problems.append(source.at(f"{key}: {attack.name} attacks {', '.join(sorted(tasks))} only"))
     return problems
-
-
-def defaults_of(registry: Registry, name: str) -> Options:
-    """Parameters of a registered plugin with their defaults, for listings."""
-    return parameters_of(registry.get(name))
 
 
 def model_seed(settings: Settings) -> int:

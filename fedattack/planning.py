@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fedattack.config import AttackSettings, Settings
 from fedattack.jobs import Job, save_knowledge
 from fedattack.knowledge import ORACLES, build_knowledge
@@ -21,16 +24,17 @@ def update_context(settings: Settings, image_shape: tuple[int, int, int], num_cl
     """What every copied update of a cell says about itself: enough to rebuild model and task, nothing private."""
     federation = settings.federation
     several = federation.protocol == "fedavg"
+    behind = federation.clients if federation.secure_aggregation else 1  # clients behind one visible update
     return {
         "model": settings.model.model_dump(mode="json", include={"name", "options"}),
         "mode": settings.model.mode,
         "task": settings.task.model_dump(mode="json"),
         "image_shape": list(image_shape),
         "num_classes": num_classes,
-        "images_per_round": federation.images_per_round,
+        "images_per_round": behind * federation.images_per_round,
         "learning_rate": federation.learning_rate if several else None,
         "local_steps": federation.local_steps if several else 1,
-        "local_batch_size": federation.batch_size,
+        "local_batch_size": behind * federation.batch_size,
         "proximal_mu": federation.strategy_options.get("proximal_mu") if several else None,
     }
 
@@ -72,16 +76,30 @@ def updates_of(folder: FederationFolder) -> list[Path]:
     return [item[-1] for item in sorted(found)]
 
 
+def read_truth(folder: FederationFolder, update_path: Path) -> dict[str, Tensor] | None:
+    """What the witness wrote of the clients behind an update: one client, or all of a round for an aggregate.
+
+    For metrics and, through `plan_jobs`, for the oracles that a threat model names. None where there was no witness.
+    """
+    own = folder.truth / update_path.name
+    if own.exists():
+        return read_tensors(own)[0]
+    if not update_path.stem.startswith("aggregate-round-"):
+        return None
+    behind = sorted(folder.truth.glob(f"*-{update_path.stem.removeprefix('aggregate-')}.safetensors"))
+    parts = [read_tensors(path)[0] for path in behind]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else None
+
+
 def plan_jobs(settings: Settings, run: RunFolder, update_path: Path, *, timeout_seconds: float) -> list[Job]:
     """One job for every attack of the cell on one update; the oracles of the threat model are looked up here, by name."""
     folder = run.federation(settings.federation_id)
     update, context = load_update(update_path)
     visible = settings.threat.visible()
     facts = server_facts(update, context, settings.federation.defense)
-    truth_path = folder.truth / update_path.name
 
     def truth() -> dict[str, Any]:
-        return read_tensors(truth_path)[0] if truth_path.exists() else {}
+        return read_truth(folder, update_path) or {}
 
     knowledge = build_knowledge(visible, facts, truth)
     tensors_path = (

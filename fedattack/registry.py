@@ -73,6 +73,7 @@ ATTACKS = Registry("attack", "attacks:ATTACKS", "fedattack.attacks")
 DEFENSES = Registry("defense", "clients.defenses:DEFENSES", "fedattack.defenses")
 MODELS = Registry("model", "fedattack.models:MODELS", "fedattack.models")
 DATASETS = Registry("dataset", "fedattack.data:DATASETS", "fedattack.datasets")
+MODS = Registry("mod", "clients.mods:MODS", "fedattack.mods")
 STRATEGIES = Registry("strategy", "strategies:STRATEGIES", "fedattack.strategies")
 
 

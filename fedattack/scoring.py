@@ -13,7 +13,7 @@ from fedattack.config import Experiment, Settings
 from fedattack.errors import FedattackError
 from fedattack.jobs import Job, load_outcome, reconstruction_path
 from fedattack.metrics import baselines, matched_images, score
-from fedattack.planning import jobs_of, row_facts, updates_of
+from fedattack.planning import jobs_of, read_truth, row_facts, updates_of
 from fedattack.seeding import derive_generator
 from fedattack.store import (
     FederationFolder,
@@ -52,7 +52,7 @@ def score_run(
 def _cell_rows(run: RunFolder, settings: Settings, lpips: Sequence[str]) -> Iterator[Row]:
     folder = run.federation(settings.federation_id)
     for update_path in updates_of(folder):
-        truth = _truth(folder, update_path)
+        truth = read_truth(folder, update_path)
         for path, job in jobs_of(settings, run):
             if path == update_path:
                 row = _attack_row(run, job, truth, lpips)
@@ -158,11 +158,6 @@ def _pictures(run: RunFolder, name: str, images: Sequence[Tensor | None]) -> lis
 def _truth_name(job: str) -> str:
     federation, update, *_ = job.split("--")
     return f"{federation}--{update}--truth"
-
-
-def _truth(folder: FederationFolder, update_path: Path) -> dict[str, Tensor] | None:
-    path = folder.truth / update_path.name
-    return read_tensors(path)[0] if path.exists() else None
 
 
 def _thinned(losses: Sequence[float], most: int = 200) -> list[float]:

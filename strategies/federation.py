@@ -14,7 +14,7 @@ from fedattack.jobs import torch_threads
 from fedattack.planning import plan_jobs, prepare_federation, update_context, updates_of
 from fedattack.registry import STRATEGIES
 from fedattack.store import FederationFolder, RunFolder, UpdateFolder, append_row, write_json, write_tensors
-from fedattack.types import Update
+from fedattack.types import State, Update
 from strategies.attack_pool import AttackPool
 from strategies.honest_but_curious import HonestButCurious, Incident
 from strategies.inspection import to_state
@@ -22,6 +22,9 @@ from strategies.inspection import to_state
 log = logging.getLogger("fedattack.server")
 
 OnRound = Callable[[Settings, int], None]
+Sink = Callable[[Update], None]
+Measure = Callable[[int, ArrayRecord], MetricRecord]
+Report = Callable[[Incident], None]
 
 
 def groups_of(experiment: Experiment) -> list[list[Settings]]:
@@ -87,34 +90,60 @@ def _run_federation(
             on_round(settings, server_round)
         return MetricRecord(dict(named))
 
-    strategy = HonestButCurious(
-        STRATEGIES.create(
-            settings.federation.strategy_name, federation=settings.federation, **settings.federation.strategy_options
-        ),
-        sink,
-        rounds=settings.capture.rounds,
-        clients=settings.capture.clients,
-        kind="gradient" if settings.federation.protocol == "fedsgd" else "weights",
-        on_incident=on_incident,
-    )
-    arrays = ArrayRecord(initial_state(build_victim(settings, shape, classes)))
+    state = initial_state(build_victim(settings, shape, classes))
     config = {
         "fedattack": settings.model_dump_json(exclude={"attack", "threat", "capture", "title"}),
         "truth": str(folder.truth.resolve()) if witness else "",
     }
+    train = _train_under_secagg if settings.federation.secure_aggregation else _train
+    final, losses = train(grid, settings, state, config, sink, measure, on_incident)
+    for server_round, loss in losses.items():
+        append_row(folder.history, {"round": server_round, "train_loss": loss})
+    write_tensors(folder.model, final, {"type": "model", "rounds": settings.federation.rounds})
+    write_json(folder.done, {"rounds": settings.federation.rounds, "updates": len(updates_of(folder))})
+
+
+def _train(
+    grid: Grid, settings: Settings, state: State, config: dict[str, str], sink: Sink, measure: Measure, report: Report
+) -> tuple[State, dict[int, float]]:
+    """Flower's message path: any strategy, wrapped."""
+    federation = settings.federation
+    inner = STRATEGIES.create(federation.strategy_name, federation=federation, **federation.strategy_options)
+    strategy = HonestButCurious(
+        inner,
+        sink,
+        rounds=settings.capture.rounds,
+        clients=settings.capture.clients,
+        kind="gradient" if federation.protocol == "fedsgd" else "weights",
+        on_incident=report,
+    )
     result = strategy.start(
         grid,
-        arrays,
-        num_rounds=settings.federation.rounds,
-        train_config=ConfigRecord(config),
+        ArrayRecord(dict(state)),
+        num_rounds=federation.rounds,
+        train_config=ConfigRecord(dict(config)),
         evaluate_config=ConfigRecord({"fedattack": config["fedattack"]}),
         evaluate_fn=measure,
     )
-    for server_round, metrics in result.train_metrics_clientapp.items():
-        append_row(folder.history, {"round": server_round, "train_loss": metrics.get("train-loss")})
-    if len(result.arrays):
-        write_tensors(folder.model, to_state(result.arrays), {"type": "model", "rounds": settings.federation.rounds})
-    write_json(folder.done, {"rounds": settings.federation.rounds, "updates": len(updates_of(folder))})
+    losses = {number: float(record["train-loss"]) for number, record in result.train_metrics_clientapp.items()}
+    return to_state(result.arrays) if len(result.arrays) else state, losses
+
+
+def _train_under_secagg(
+    grid: Grid, settings: Settings, state: State, config: dict[str, str], sink: Sink, measure: Measure, report: Report
+) -> tuple[State, dict[int, float]]:
+    """Flower's older path, in which SecAgg+ lives: only the mean of a round can be copied."""
+    from strategies.secure_aggregation import train_under_secagg
+
+    return train_under_secagg(
+        grid,
+        settings,
+        state,
+        config,
+        sink=sink,
+        measure=measure,
+        on_failure=lambda number, problem: report(Incident(number, "server", (problem,))),
+    )
 
 
 def _submit(cells: Sequence[Settings], run: RunFolder, pool: AttackPool, path: Path, timeout_seconds: float) -> None:

@@ -60,6 +60,8 @@ def read_run_config(run_config: Mapping[str, Any]) -> tuple[Experiment, RunFolde
     clients = {cell.federation.clients for cell in experiment.cells}
     if len(clients) > 1:
         raise ConfigError(f"federation.clients must be the same in all cells under `flwr run`, got {sorted(clients)}")
+    if any(cell.federation.secure_aggregation for cell in experiment.cells):
+        raise ConfigError("federation.mods: secaggplus needs engine = 'in-process' or 'simulation', not `flwr run`")
     folder = str(run_config.get("run-dir", "")) or os.environ.get("FEDATTACK_RUN_DIR", "") or f"runs/{experiment.name}"
     return experiment, RunFolder(Path(folder).resolve())
 

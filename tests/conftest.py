@@ -46,9 +46,7 @@ def update_from(
         batches = [task.draw(images[i], labels[i], generator=generator) for i in steps]
     else:
         batches = split_steps(task, task.draw(images, labels, generator=generator), steps)
-    received = simulate(
-        model, sent, task, batches, kind=kind, learning_rate=learning_rate, proximal_mu=proximal_mu
-    )
+    received = simulate(model, sent, task, batches, kind=kind, learning_rate=learning_rate, proximal_mu=proximal_mu)
     received = {name: tensor.detach().clone() for name, tensor in received.items()}
     return Update(round=1, client="0", sent=sent, received=received, kind=kind, num_examples=len(images))
 

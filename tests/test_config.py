@@ -41,7 +41,10 @@ def test_lists_multiply_and_collections_do_not() -> None:
 def test_cases_are_laid_over_the_rest() -> None:
     raw = BASE | {
         "federation": {"clients": 3, "rounds": 7},
-        "case": [{"title": "a", "federation": {"rounds": 1}}, {"title": "b", "model": {"name": "lenet"}, "attack": ["dlg", "idlg"]}],
+        "case": [
+            {"title": "a", "federation": {"rounds": 1}},
+            {"title": "b", "model": {"name": "lenet"}, "attack": ["dlg", "idlg"]},
+        ],
     }
     a, b = parse_config(raw).cells
     assert (a.title, a.federation.clients, a.federation.rounds, a.model.name) == ("a", 3, 1, "mlp")
@@ -51,7 +54,9 @@ def test_cases_are_laid_over_the_rest() -> None:
 
 def test_overrides_win_over_cases() -> None:
     raw = BASE | {"case": [{"federation": {"rounds": 1}}, {"federation": {"rounds": 2}}]}
-    cells = parse_config(raw, overrides=["federation.rounds=9", "seed=[4, 5]", "data.dataset=patches", "pool.workers=3"])
+    cells = parse_config(
+        raw, overrides=["federation.rounds=9", "seed=[4, 5]", "data.dataset=patches", "pool.workers=3"]
+    )
     assert [c.federation.rounds for c in cells.cells] == [9, 9, 9, 9]
     assert sorted(c.seed for c in cells.cells) == [4, 4, 5, 5]
     assert cells.pool.workers == 3
@@ -59,7 +64,8 @@ def test_overrides_win_over_cases() -> None:
 
 def test_attacks_share_a_federation_but_a_seed_does_not() -> None:
     one, two, three = (
-        parse_config(BASE | change).cells[0] for change in ({}, {"attack": ["dlg"], "threat": {"reveal": ["labels"]}}, {"seed": 1})
+        parse_config(BASE | change).cells[0]
+        for change in ({}, {"attack": ["dlg"], "threat": {"reveal": ["labels"]}}, {"seed": 1})
     )
     assert one.federation_id == two.federation_id != three.federation_id
 
@@ -73,13 +79,21 @@ def test_every_problem_is_named_with_file_and_key_and_closest_name() -> None:
         "attack": ["dgl", {"name": "dlg", "iteration": 3}],
     }
     found = "\n".join(problems(raw))
-    for part in ("f.toml: nmae: unknown key (did you mean 'name'?)", "lerning_rate: unknown key (did you mean 'learning_rate'?)"):
+    for part in (
+        "f.toml: nmae: unknown key (did you mean 'name'?)",
+        "lerning_rate: unknown key (did you mean 'learning_rate'?)",
+    ):
         assert part in found
     assert "f.toml: federation.clients:" in found
     later = raw | {"federation": {}}
     later.pop("nmae")
     found = "\n".join(problems(later))
-    for part in ("did you mean 'patches'", "did you mean 'lenet'", "did you mean 'dlg'", "'iteration' (did you mean 'iterations'?)"):
+    for part in (
+        "did you mean 'patches'",
+        "did you mean 'lenet'",
+        "did you mean 'dlg'",
+        "'iteration' (did you mean 'iterations'?)",
+    ):
         assert part in found, found
     assert len(found.split("\n")) == 4
 
@@ -111,7 +125,10 @@ def test_one_problem(raw, says: str) -> None:
 
 def test_bad_overrides_are_named() -> None:
     assert "override must be key=value, got 'rounds'" in problems(BASE, "rounds")
-    assert any("federation.round: unknown key (did you mean 'rounds'?)" in line for line in problems(BASE, "federation.round=3"))
+    assert any(
+        "federation.round: unknown key (did you mean 'rounds'?)" in line
+        for line in problems(BASE, "federation.round=3")
+    )
 
 
 def test_the_resolved_configuration_reads_back_to_the_same(tmp_path) -> None:
@@ -119,7 +136,7 @@ def test_the_resolved_configuration_reads_back_to_the_same(tmp_path) -> None:
         "seed": [1, 2],
         "model": {"name": "mlp", "options": {"hidden": [8, 4], "activation": "sigmoid"}},
         "attack": [{"name": "dlg", "iterations": 7, "precision": "float32"}, "linear-leak"],
-        "federation": {"defense": 'gaussian-noise(sigma=0.1) + norm-clipping(max_norm=3)', "protocol": "fedavg"},
+        "federation": {"defense": "gaussian-noise(sigma=0.1) + norm-clipping(max_norm=3)", "protocol": "fedavg"},
         "threat": {"reveal": ["labels"]},
     }
     experiment = parse_config(raw)

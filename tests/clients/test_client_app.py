@@ -55,12 +55,23 @@ def train_round(settings: Settings, tmp_path=None, rounds: int = 1, strategy=Non
 @pytest.mark.parametrize("task", ["classification", "diffusion"])
 def test_what_arrives_is_what_simulate_says_of_the_truth(protocol: str, task: str, tmp_path) -> None:
     """Client and attacker share one `simulate`: from the witness's private variables it gives the update to the last bit."""
-    model = {"name": "unet", "options": {"block_out_channels": [8, 8], "norm_num_groups": 4}} if task == "diffusion" else None
+    model = (
+        {"name": "unet", "options": {"block_out_channels": [8, 8], "norm_num_groups": 4}}
+        if task == "diffusion"
+        else None
+    )
     steps = 2 if protocol == "fedavg" else 1
     settings = cell(
         task={"name": task},
         **({"model": model} if model else {}),
-        federation={"clients": 2, "rounds": 1, "protocol": protocol, "batch_size": 2, "local_steps": steps, "examples": 4 // (3 - steps)},
+        federation={
+            "clients": 2,
+            "rounds": 1,
+            "protocol": protocol,
+            "batch_size": 2,
+            "local_steps": steps,
+            "examples": 4 // (3 - steps),
+        },
     )
     seen, _ = train_round(settings, tmp_path)
     assert [u.client for u in seen] == ["client-0", "client-1"]
@@ -74,7 +85,12 @@ def test_what_arrives_is_what_simulate_says_of_the_truth(protocol: str, task: st
         private = {k: v for k, v in truth.items() if task != "diffusion" or k != "labels"}
         batches = split_steps(settings.task.build(), private, schedule)
         expected = simulate(
-            victim, update.sent, settings.task.build(), batches, kind=update.kind, learning_rate=settings.federation.learning_rate
+            victim,
+            update.sent,
+            settings.task.build(),
+            batches,
+            kind=update.kind,
+            learning_rate=settings.federation.learning_rate,
         )
         assert set(expected) == set(update.received)
         for name, tensor in expected.items():
@@ -123,10 +139,15 @@ def test_noise_on_the_update_has_the_stated_size_at_the_server(protocol: str) ->
     federation = {"clients": 2, "rounds": 1, "protocol": protocol, "batch_size": 2}
     quiet, _ = train_round(cell(federation=federation))
     noisy, _ = train_round(cell(federation=federation | {"defense": "gaussian-noise(sigma=0.01)"}))
-    noise = torch.cat([(n.received[k] - q.received[k]).flatten() for q, n in zip(quiet, noisy, strict=True) for k in q.received])
+    noise = torch.cat(
+        [(n.received[k] - q.received[k]).flatten() for q, n in zip(quiet, noisy, strict=True) for k in q.received]
+    )
     assert float(noise.std()) == pytest.approx(0.01, rel=0.05)
     assert abs(float(noise.mean())) < 1e-3
-    first, second = (torch.cat([(n.received[k] - q.received[k]).flatten() for k in q.received]) for q, n in zip(quiet, noisy, strict=True))
+    first, second = (
+        torch.cat([(n.received[k] - q.received[k]).flatten() for k in q.received])
+        for q, n in zip(quiet, noisy, strict=True)
+    )
     assert abs(float(torch.corrcoef(torch.stack([first, second]))[0, 1])) < 0.1, "clients share their noise"
 
 
@@ -134,7 +155,9 @@ def test_defenses_act_in_the_order_in_which_they_are_written() -> None:
     update = {"w": torch.ones(10000)}
     clip_last = cell(federation={"defense": "gaussian-noise(sigma=1.0) + norm-clipping(max_norm=1.0)"})
     noise_last = cell(federation={"defense": "norm-clipping(max_norm=1.0) + gaussian-noise(sigma=1.0)"})
-    assert float(defend(update, {}, clip_last, client="c", server_round=1, seed=0)["w"].norm()) == pytest.approx(1.0, rel=1e-4)
+    assert float(defend(update, {}, clip_last, client="c", server_round=1, seed=0)["w"].norm()) == pytest.approx(
+        1.0, rel=1e-4
+    )
     assert float(defend(update, {}, noise_last, client="c", server_round=1, seed=0)["w"].norm()) > 50
 
 

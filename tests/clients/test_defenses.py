@@ -83,7 +83,9 @@ def test_clipping_caps_the_norm_and_keeps_the_direction() -> None:
     assert torch.equal(zero["w"], torch.zeros(3))
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("gaussian-noise", {"sigma": -1}), ("norm-clipping", {"max_norm": 0})])
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("gaussian-noise", {"sigma": -1}), ("norm-clipping", {"max_norm": 0})]
+)
 def test_nonsense_parameters_are_refused(name: str, parameters: dict[str, float]) -> None:
     with pytest.raises(FedattackError, match="must be"):
         DEFENSES.create(name, **parameters)

@@ -20,7 +20,12 @@ from strategies.honest_but_curious import Incident, update_kind
 from strategies.in_process_grid import InProcessGrid, quiet_flower
 
 CLIENTS = 4
-ALL = {"min_train_nodes": CLIENTS, "min_evaluate_nodes": CLIENTS, "min_available_nodes": CLIENTS, "fraction_evaluate": 0.0}
+ALL = {
+    "min_train_nodes": CLIENTS,
+    "min_evaluate_nodes": CLIENTS,
+    "min_available_nodes": CLIENTS,
+    "fraction_evaluate": 0.0,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +100,9 @@ def run(make, mods, wrap: bool) -> tuple[str, list[Update], list[str]]:
         at_copy.append(_digest(update))
 
     strategy = HonestButCurious(make(), sink) if wrap else make()
-    result = strategy.start(InProcessGrid(toy_client(mods), CLIENTS), toy_weights(), num_rounds=3, train_config=ConfigRecord())
+    result = strategy.start(
+        InProcessGrid(toy_client(mods), CLIENTS), toy_weights(), num_rounds=3, train_config=ConfigRecord()
+    )
     return digest(result.arrays), seen, at_copy
 
 
@@ -247,7 +254,9 @@ def test_no_reply_can_take_the_server_down(attack: str, inner: str) -> None:
     assert rounds == [0, 1, 2, 3]
     assert [u.client for u in seen if u.round == 1] == ["client-0", "client-2", "client-3"]
     assert {u.client for u in seen} == {"client-0", "client-2", "client-3"}
-    assert {i.client for i in incidents if i.round == 1} - {"server"} == {"node-101" if "metrics" in attack else "client-1"}
+    assert {i.client for i in incidents if i.round == 1} - {"server"} == {
+        "node-101" if "metrics" in attack else "client-1"
+    }
     if inner == "FedSGD":  # its own rule leaves malformed gradients out, so the model stays sound
         assert len(seen) == 9
 
