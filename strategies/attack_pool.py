@@ -135,7 +135,8 @@ def execute(
 ) -> Outcome:
     """Bring a job of the run folder to its outcome, whatever its files hold; gives the outcome that is on disk.
 
-    Attempts of earlier sessions do not count: three interrupted campaigns say nothing about a job.
+    Attempts of earlier sessions do not count: three interrupted campaigns say nothing about a job. SystemExit passes, since
+    it is how Ray ends a worker (SIGTERM); an attack that raises it thus counts as one that kills its worker.
     """
     with _locked(attempts_path(run, job_id)) as attempts:
         if (done := _outcome(run, job_id)) is not None:
@@ -153,7 +154,7 @@ def execute(
             if job.job != job_id:
                 raise FedattackError(must(f"the id in jobs/{job_id}.json", repr(job_id), job.job))
             return run_job(job, run.results, progress=heartbeat)
-        except (Exception, SystemExit) as error:  # run_job keeps what attacks raise; this is a bad file, or sys.exit()
+        except Exception as error:  # run_job keeps what attacks raise, so this is a bad file
             return _give_up(run, job_id, f"{type(error).__name__}: {error}")
         finally:
             heartbeat.end()

@@ -64,7 +64,7 @@ CASES = [
 ]
 
 
-def cheap(name: str, most: int = 3, restarts: int = 2, **wanted: Any) -> Attack:
+def cheap(name: str, most: int = 2, restarts: int = 2, **wanted: Any) -> Attack:
     """A registered attack with every count of iterations (or the like) at `most`, and those of `wanted` that it has."""
     parameters = parameters_of(ATTACKS.get(name))
     settings: dict[str, Any] = {}

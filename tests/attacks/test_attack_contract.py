@@ -49,6 +49,24 @@ def attack_case(
     return attack_update(attack, update or update_of(case), case.context, knowledge, generator=generator, **settings)
 
 
+@cache
+def seed_three(name: str, case: Case) -> Reconstruction | NotApplicable:
+    """The run that several tests look at."""
+    try:
+        return attack_case(name, case, seed=3)
+    except NotApplicable as reason:
+        return reason
+
+
+def applied(name: str, case: Case) -> Reconstruction:
+    """`seed_three`, or a skip with the attack's reason."""
+    found = seed_three(name, case)
+    if isinstance(found, NotApplicable):
+        assert str(found).strip(), "NotApplicable must say why"
+        pytest.skip(f"not applicable: {found}")
+    return found
+
+
 def attack_or_skip(name: str, case: Case, **settings: Any) -> Reconstruction:
     try:
         return attack_case(name, case, **settings)
@@ -60,14 +78,10 @@ def attack_or_skip(name: str, case: Case, **settings: Any) -> Reconstruction:
 @cache
 def first_case(name: str) -> Case:
     """The first case that the attack says something about."""
-    reasons = []
     for case in CASES:
-        try:
-            attack_case(name, case)
-        except NotApplicable as reason:
-            reasons.append(f"{case.name}: {reason}")
-        else:
+        if isinstance(seed_three(name, case), Reconstruction):
             return case
+    reasons = [f"{case.name}: {seed_three(name, case)}" for case in CASES]
     raise AssertionError(f"{name} runs on no case at all: {reasons}; add one to attack_cases.CASES")
 
 
@@ -120,7 +134,7 @@ def test_runs_somewhere(name):
 @every_attack
 @every_case
 def test_result_has_the_promised_form(name, case):
-    found = attack_or_skip(name, case)
+    found = applied(name, case)
     assert isinstance(found, Reconstruction)
     assert found.images.shape == (case.batch, *case.shape)
     assert found.images.is_floating_point()
@@ -147,7 +161,7 @@ def test_result_has_the_promised_form(name, case):
 @every_attack
 @every_case
 def test_same_generator_seed_same_bits(name, case):
-    first, again = attack_or_skip(name, case, seed=3), attack_case(name, case, seed=3)
+    first, again = applied(name, case), attack_case(name, case, seed=3)
     for field in dataclasses.fields(Reconstruction):
         a, b = getattr(first, field.name), getattr(again, field.name)
         if isinstance(a, Tensor):
@@ -317,13 +331,12 @@ def with_received(update: Update, change: Any) -> Update:
 
 @every_attack
 @every_case
-@pytest.mark.parametrize("scale", [0.1, 10.0])
-def test_no_nan_under_a_noisy_update(name, case, scale):
+def test_no_nan_under_a_noisy_update(name, case):
     generator = derive_generator(0, "noise")
 
     def noisy(tensor: Tensor) -> Tensor:
         noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-        return tensor + scale * tensor.std(unbiased=False) * noise
+        return tensor + 10.0 * tensor.std(unbiased=False) * noise
 
     found = attack_or_skip(name, case, update=with_received(update_of(case), noisy))
     assert bool(found.images.isfinite().all())
@@ -382,6 +395,6 @@ def test_progress_is_told_and_can_stop_the_attack(name):
 
 def test_cheap_settings_are_really_set():
     """Otherwise the cases above would run with the papers' thousands of iterations, or none."""
-    assert cheap("dlg").iterations == 3
+    assert cheap("dlg").iterations == 2
     assert cheap("dlg").restarts == 2
     assert attack_cases.cheap("dlg", most=7, iterations=11, unheard_of=1).iterations == 11

@@ -1,0 +1,197 @@
+"""The whole road in process: from a configuration to a report, interrupted, resumed, extended and broken on the way."""
+
+import json
+
+import pytest
+import torch
+
+from experiments.campaign import load_run, run_campaign
+from fedattack.config import Experiment, parse_config
+from fedattack.planning import jobs_of
+from fedattack.store import RunFolder, read_rows
+
+QUICK = {
+    "name": "e2e",
+    "seed": 3,
+    "data": {"options": {"image_size": 16}},
+    "federation": {"clients": 2, "rounds": 2, "learning_rate": 0.05},
+    "score": {"lpips": []},
+    "model": {"name": "mlp", "options": {"hidden": [32]}},
+    "attack": ["linear-leak"],
+}
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def experiment(**changes) -> Experiment:
+    return parse_config(QUICK | changes)
+
+
+def attacks(run: RunFolder) -> list[dict]:
+    return [row for row in read_rows(run.rows) if row["kind"] == "attack"]
+
+
+def test_from_configuration_to_report(tmp_path, one_thread) -> None:
+    config = experiment(federation={**QUICK["federation"], "defense": ["none", "gaussian-noise(sigma=0.02)"]})
+    summary = run_campaign(config, tmp_path / "run")
+    rows = list(read_rows(summary.run.rows))
+    assert summary.statuses == {"ok": 8}
+    assert len(rows) == 8 + 8 * 3, "every attack row has its three baselines"
+    assert [r["attack"] for r in rows[:4]] == ["linear-leak", "mean-image", "nearest-public", "noise"]
+    clear = [r["psnr_db"][0] for r in attacks(summary.run) if r["defense"] == "none"]
+    noisy = [r["psnr_db"][0] for r in attacks(summary.run) if r["defense"] != "none"]
+    assert min(clear) > 60
+    assert max(noisy) < min(clear) - 10
+    for row in attacks(summary.run):
+        assert row["oracles"] == []
+        assert "labels" not in row["knowledge"]
+        assert row["defense_facts"]["update_rms"] > 0
+    noisy_row = next(r for r in attacks(summary.run) if r["defense"] != "none")
+    assert noisy_row["defense_facts"]["noise_variance"] == pytest.approx(4e-4)
+    page = summary.report.read_text()
+    assert "linear-leak" in page
+    assert "data:image/png;base64" in page
+    assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700
+    about = json.loads(summary.run.about.read_text())
+    assert about["versions"]["torch"]
+    history = list(read_rows(summary.run.path / "history.jsonl"))
+    assert {"test_accuracy", "train_loss"} <= {key for line in history for key in line}
+
+
+def test_runs_are_reproducible_and_a_rerun_changes_nothing(tmp_path, one_thread) -> None:
+    first = run_campaign(experiment(), tmp_path / "a")
+    rows = list(read_rows(first.run.rows))
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "a").rglob("*") if p.is_file() and "results" in p.parts}
+    again = run_campaign(experiment(), tmp_path / "a")
+    assert list(read_rows(again.run.rows)) == rows
+    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps, "a finished job ran again"
+    other = run_campaign(experiment(), tmp_path / "b")
+    timeless = {"seconds", "finished"}
+    assert [{k: v for k, v in r.items() if k not in timeless} for r in read_rows(other.run.rows)] == [
+        {k: v for k, v in r.items() if k not in timeless} for r in rows
+    ]
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path, one_thread, monkeypatch) -> None:
+    import fedattack.jobs
+    from strategies import attack_pool
+
+    full = list(read_rows(run_campaign(experiment(), tmp_path / "full").run.rows))
+    real, ran = fedattack.jobs.run_job, []
+
+    def dies_at_the_third(job, results, **kwargs):
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        ran.append(job.job)
+        return real(job, results, **kwargs)
+
+    for module in (fedattack.jobs, attack_pool):
+        if hasattr(module, "run_job"):
+            monkeypatch.setattr(module, "run_job", dies_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run_campaign(experiment(), tmp_path / "cut")
+    monkeypatch.undo()
+    assert len(ran) == 2
+    summary = run_campaign(experiment(), tmp_path / "cut")
+    assert summary.statuses == {"ok": 4}
+    scores = [[r["job"], r.get("psnr_db")] for r in read_rows(summary.run.rows)]
+    assert scores == [[r["job"], r.get("psnr_db")] for r in full]
+
+
+def test_a_new_attack_reuses_the_federation_and_leaves_other_cells_alone(tmp_path, one_thread) -> None:
+    before = run_campaign(experiment(), tmp_path / "run")
+    updates = {p: p.stat().st_mtime_ns for p in before.run.path.rglob("updates/*.safetensors")}
+    old = attacks(before.run)
+    after = run_campaign(experiment(attack=["linear-leak", {"name": "idlg", "iterations": 1}]), tmp_path / "run")
+    assert {p: p.stat().st_mtime_ns for p in updates} == updates
+    assert after.statuses == {"ok": 8}
+    assert [r for r in attacks(after.run) if r["attack"] == "linear-leak"] == old
+
+
+def test_failures_stay_as_rows_with_their_reason_and_are_retried_on_request(tmp_path, one_thread) -> None:
+    config = experiment(
+        model={"name": "lenet"},
+        attack=[
+            "linear-leak",
+            {"name": "inverting-gradients", "iterations": 3, "start": "grey", "distance": "cosinus"},
+        ],
+    )
+    summary = run_campaign(config, tmp_path / "run")
+    assert summary.statuses == {"not-applicable": 4, "failed": 4}
+    reasons = {r["status"]: r["error"] for r in attacks(summary.run)}
+    assert "no dense layer with a bias sees the image" in reasons["not-applicable"]
+    assert "did you mean 'cosine'" in reasons["failed"]
+    page = summary.report.read_text()
+    assert "no dense layer with a bias sees the image" in page
+    first = {r["job"]: r["finished"] for r in attacks(summary.run)}
+    kept = run_campaign(config, tmp_path / "run")
+    assert {r["job"]: r["finished"] for r in attacks(kept.run)} == first
+    retried = run_campaign(config, tmp_path / "run", retry_failed=True)
+    assert {r["status"] for r in attacks(retried.run) if r["finished"] != first[r["job"]]} == {"failed"}
+
+
+def test_oracles_are_named_in_every_row(tmp_path, one_thread) -> None:
+    config = experiment(
+        threat={"model": "labels-known", "hide": ["public_images"]},
+        attack=[{"name": "dlg", "iterations": 1}],
+        model={"name": "lenet"},
+    )
+    summary = run_campaign(config, tmp_path / "run")
+    for row in attacks(summary.run):
+        assert row["oracles"] == ["labels"]
+        assert "labels" in row["knowledge"]
+        assert "public_images" not in row["knowledge"]
+
+
+def test_fedavg_with_several_local_steps(tmp_path, one_thread) -> None:
+    config = experiment(
+        model={"name": "convnet-small", "options": {"width": 8, "activation": "sigmoid"}},
+        federation={"clients": 1, "rounds": 1, "protocol": "fedavg", "batch_size": 2, "local_steps": 3, "examples": 4},
+        attack=[{"name": "inverting-gradients", "iterations": 20}],
+    )
+    summary = run_campaign(config, tmp_path / "run")
+    (row,) = attacks(summary.run)
+    assert row["status"] == "ok", row["error"]
+    assert len(row["psnr_db"]) == 4
+    assert row["losses"][-1] < row["losses"][0]
+
+
+def test_a_diffusion_federation_is_attacked_too(tmp_path, one_thread) -> None:
+    config = experiment(
+        data={"options": {"image_size": 16}},
+        model={"name": "unet", "options": {"block_out_channels": [8, 8], "norm_num_groups": 4}},
+        task={"name": "diffusion"},
+        federation={"clients": 2, "rounds": 1},
+        threat={"model": "everything-known"},
+        attack=[{"name": "inverting-gradients", "iterations": 5}],
+    )
+    summary = run_campaign(config, tmp_path / "run")
+    for row in attacks(summary.run):
+        assert row["status"] == "ok", row["error"]
+        assert set(row["oracles"]) >= {"noise", "timesteps"}
+
+
+def test_secure_aggregation_leaves_one_update_a_round(tmp_path, one_thread) -> None:
+    config = experiment(
+        model={"name": "lenet"},
+        federation={"clients": 4, "rounds": 2, "protocol": "fedavg", "mods": ["secaggplus"], "learning_rate": 0.1},
+        attack=[{"name": "inverting-gradients", "iterations": 5}],
+    )
+    summary = run_campaign(config, tmp_path / "run")
+    rows = attacks(summary.run)
+    assert [(r["client"], r["round"]) for r in rows] == [("aggregate", 1), ("aggregate", 2)]
+    assert all(len(r["psnr_db"]) == 4 for r in rows), "the truth of an aggregate is that of all its clients"
+
+
+def test_a_run_folder_knows_its_own_configuration(tmp_path, one_thread) -> None:
+    config = experiment(federation={**QUICK["federation"], "rounds": 1})
+    run = run_campaign(config, tmp_path / "run").run
+    again = load_run(run.path)
+    assert again.cells == config.cells
+    assert [job for cell in again.cells for _, job in jobs_of(cell, run)] == [r["job"] for r in attacks(run)]
