@@ -198,11 +198,12 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A run folder.")],
     csv: Annotated[Path | None, typer.Option(help="Also write the rows as CSV.")] = None,
     parquet: Annotated[Path | None, typer.Option(help="Also write the rows as Parquet.")] = None,
+    montage: Annotated[Path | None, typer.Option(help="Also write one picture (PNG) of all cases.")] = None,
     markdown: Annotated[bool, typer.Option(help="Also print the table as Markdown.")] = False,
 ) -> None:
     """Score what a run has so far and write its report again."""
     from fedattack.finishing import begin_run, finish_run
-    from fedattack.report import markdown_table, write_table
+    from fedattack.report import markdown_table, write_montage, write_table
     from fedattack.store import RunFolder, read_json, read_rows
 
     target = RunFolder(folder)
@@ -219,6 +220,8 @@ def report(
         if path is not None:
             write_table(rows, path)
             typer.echo(f"rows: {path}")
+    if montage is not None:
+        typer.echo(f"picture: {write_montage(target.path, rows, montage)}")
     if markdown:
         typer.echo(markdown_table(rows))
     typer.secho(f"report: {page}", bold=True)
@@ -289,7 +292,7 @@ def _print_scores(found: Any, truth: Path) -> None:
     from fedattack.store import read_tensors
 
     true = read_tensors(truth)[0]
-    scores = score(found, true["images"].float(), true.get("labels"), lpips_nets=("squeeze",))
+    scores = score(found, true["images"], true.get("labels"), lpips_nets=("squeeze",))
     for name, values in (("PSNR (dB)", scores.psnr_db), ("SSIM", scores.ssim), ("MSE", scores.mse)):
         if values:
             typer.echo(f"    {name}: " + ", ".join("–" if value is None else f"{value:.4g}" for value in values))

@@ -130,7 +130,7 @@ def _scored(
             "missing": dict.fromkeys(("psnr_db", "ssim", "mse", "lpips"), NO_TRUTH),
             "images": {"reconstruction": pictures},
         }
-    images = truth["images"].float()
+    images = truth["images"]
     try:
         scores = score(found, images, truth.get("labels"), lpips_nets=tuple(lpips))
     except FedattackError as error:

@@ -291,7 +291,7 @@ class AttackPool:
         return self
 
     def close(self) -> None:
-        """Stop the workers. Detached ones with jobs left get all of them first and end by themselves afterwards."""
+        """Stop the workers; nothing of this pool runs afterwards. But detached ones with jobs left are given all of them and end by themselves."""
         if self._closed:
             return
         self._closed = True
@@ -567,12 +567,17 @@ class AttackPool:
         log.info("%d detached attack workers go on without this process", len(farewells))
 
     def _kill_all(self) -> None:
+        """Returns once no job of these workers runs any more, which their locks show."""
         import ray
 
         for slot in self._slots:
             if slot.actor is not None and ray.is_initialized():
                 with suppress(Exception):
                     ray.kill(slot.actor)
+        limit = time.monotonic() + 5.0
+        for job in {item.job for item in self._running} | set(self._handed()):
+            while _is_locked(attempts_path(self._run, job)) and time.monotonic() < limit:
+                time.sleep(0.02)
 
     # ---- on Ray, the pool's own thread
     def _loop(self) -> None:
@@ -835,6 +840,19 @@ def _locked(path: Path) -> Iterator[Path]:
         with suppress(OSError):  # a file system without locks: outcomes alone must do
             fcntl.flock(file, fcntl.LOCK_EX)
         yield path
+
+
+def _is_locked(path: Path) -> bool:
+    if not path.exists():
+        return False
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return False
 
 
 @contextmanager

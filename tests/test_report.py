@@ -407,3 +407,22 @@ def test_charts_stay_inside_their_box(values: list[float], log: bool) -> None:
 
 def test_a_chart_without_points_is_nothing() -> None:
     assert line_chart([Series("a", ((0.0, -1.0),), 0)], title="t", x_label="x", y_label="y", log=True) == ""
+
+
+def test_montage_shows_saved_pixels_unchanged(tmp_path):
+    from PIL import Image
+
+    from fedattack.errors import FedattackError
+    from fedattack.report.montage import LABEL_WIDTH, TITLE_HEIGHT, write_montage
+
+    (tmp_path / "images").mkdir()
+    for name, value in (("truth", 90), ("found", 91)):
+        Image.new("RGB", (7, 5), (value, value, value)).save(tmp_path / "images" / f"{name}.png")
+    pictures = {"truth": ["images/truth.png"], "reconstruction": ["images/found.png"]}
+    row = {"kind": "attack", "case": "c", "attack": "dlg", "defense": "none", "psnr_db": [12.5], "images": pictures}
+    path = write_montage(tmp_path, [row], tmp_path / "out" / "m.png", columns=2, side=20)
+    with Image.open(path) as sheet:
+        assert sheet.getpixel((LABEL_WIDTH + 1, TITLE_HEIGHT + 1)) == (90, 90, 90)
+        assert sheet.getpixel((LABEL_WIDTH + 1, TITLE_HEIGHT + 15 + 4 + 1)) == (91, 91, 91)
+    with pytest.raises(FedattackError, match="no scored attack"):
+        write_montage(tmp_path, [], tmp_path / "m.png")

@@ -58,7 +58,7 @@ def test_numbers_are_named_as_they_print():
 def global_states() -> tuple[bytes, bytes, object]:
     return (
         torch.get_rng_state().numpy().tobytes(),
-        numpy.random.get_state()[1].tobytes(),  # noqa: NPY002
+        numpy.random.get_state()[1].tobytes(),
         random.getstate(),
     )
 

@@ -1,7 +1,8 @@
 """A run folder as one HTML file that a colleague can open: no network, no other files, hostile text escaped.
 
 `build_report` writes it; `summary` holds the arithmetic, `gallery` the pictures, `charts` the curves, `template` the
-page. Run folder: config.toml, about.json, rows.jsonl, history.jsonl, incidents.jsonl, images/*.png; all may be missing.
+page; `montage` makes one picture for elsewhere. Run folder: config.toml, about.json, rows.jsonl, history.jsonl,
+incidents.jsonl, images/*.png; all may be missing.
 """
 
 import base64
@@ -16,10 +17,11 @@ from fedattack.errors import FedattackError, must
 from fedattack.report import summary
 from fedattack.report.charts import Series, legend, line_chart
 from fedattack.report.gallery import IMAGES, PICTURES, TARGETS, gallery
+from fedattack.report.montage import write_montage
 from fedattack.report.summary import Cell, Row, markdown_table, summarise, write_table
 from fedattack.report.template import SCRIPT, STYLE, TEMPLATE
 
-__all__ = ["build_report", "markdown_table", "read_lines", "summarise", "write_table"]
+__all__ = ["build_report", "markdown_table", "read_lines", "summarise", "write_montage", "write_table"]
 
 CURVES = 4
 """Loss curves drawn per attack and defense."""

@@ -5,6 +5,7 @@ import inspect
 import random
 import re
 import sys
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -49,6 +50,11 @@ def attack_case(
     return attack_update(attack, update or update_of(case), case.context, knowledge, generator=generator, **settings)
 
 
+def says_why(reason: Exception) -> None:
+    """A refusal is a result that a reader of the report sees."""
+    assert str(reason).strip()
+
+
 @cache
 def seed_three(name: str, case: Case) -> Reconstruction | NotApplicable:
     """The run that several tests look at."""
@@ -62,7 +68,7 @@ def applied(name: str, case: Case) -> Reconstruction:
     """`seed_three`, or a skip with the attack's reason."""
     found = seed_three(name, case)
     if isinstance(found, NotApplicable):
-        assert str(found).strip(), "NotApplicable must say why"
+        says_why(found)
         pytest.skip(f"not applicable: {found}")
     return found
 
@@ -71,7 +77,7 @@ def attack_or_skip(name: str, case: Case, **settings: Any) -> Reconstruction:
     try:
         return attack_case(name, case, **settings)
     except NotApplicable as reason:
-        assert str(reason).strip(), "NotApplicable must say why"
+        says_why(reason)
         pytest.skip(f"not applicable: {reason}")
 
 
@@ -219,17 +225,15 @@ def test_model_and_arguments_are_left_as_they_were(name, case, training):
         modules[2].training = not training  # mixed modes are a state too
     knowledge = facts(case, attack, public_images(case.shape))
     pictures = model_picture(model), tensors_of(update), tensors_of(knowledge)
-    generators = torch.get_rng_state(), numpy.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    generators = torch.get_rng_state(), numpy.random.get_state()[1].copy(), random.getstate()
     grad_mode, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
-    try:
+    with suppress(NotApplicable):  # saying no must leave no traces either
         attack.reconstruct(update, model, task, knowledge, generator=derive_generator(0, "contract"))
-    except NotApplicable:
-        pass  # saying no must leave no traces either
     assert_same(pictures[0], model_picture(model))
     assert_same(pictures[1], tensors_of(update), "update")
     assert_same(pictures[2], tensors_of(knowledge), "knowledge")
     assert torch.equal(generators[0], torch.get_rng_state()), "the global torch generator was used"
-    assert (generators[1] == numpy.random.get_state()[1]).all(), "numpy's global generator was used"  # noqa: NPY002
+    assert (generators[1] == numpy.random.get_state()[1]).all(), "numpy's global generator was used"
     assert generators[2] == random.getstate(), "python's global generator was used"
     assert (grad_mode, dtype, threads) == (
         torch.is_grad_enabled(),
@@ -295,7 +299,7 @@ def test_only_what_is_needed_is_needed(name):
     try:
         found = attack_update(attack, update_of(case), case.context, least, generator=derive_generator(0, "x"))
     except (NotApplicable, MissingKnowledge) as reason:
-        assert str(reason).strip()
+        says_why(reason)
     else:
         assert bool(found.images.isfinite().all())
 
@@ -361,7 +365,7 @@ def test_a_partial_update_is_refused_or_gives_finite_images(name, case):
     try:
         found = attack_or_skip(name, case, update=partial)
     except FedattackError as reason:
-        assert str(reason).strip()
+        says_why(reason)
     else:
         assert bool(found.images.isfinite().all())
 

@@ -107,8 +107,8 @@ def test_errors():
 def test_the_global_random_state_is_left_alone():
     import numpy as np
 
-    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
     for scheme in SCHEMES:
         partition(toy(), 8, scheme, seed=1)
     assert torch.equal(before, torch.get_rng_state())
-    assert (numpy_before == np.random.get_state()[1]).all()  # noqa: NPY002
+    assert (numpy_before == np.random.get_state()[1]).all()

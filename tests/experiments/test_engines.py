@@ -1,6 +1,5 @@
 """In process, in Flower's simulation, and through `flwr run`: the same rows for the same seed."""
 
-import json
 import os
 import shutil
 import signal
@@ -85,23 +84,10 @@ def test_flwr_run_gives_the_rows_of_the_in_process_engine(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_fifty_clients_for_three_rounds_in_simulation(tmp_path) -> None:
-    """Figures are printed, not asserted: run with -s to see them."""
-    code = f"""
-import json, resource, time
-from pathlib import Path
-from experiments.campaign import run_campaign
-from fedattack.config import parse_config
-begun = time.perf_counter()
-run_campaign(parse_config({{
-    "engine": "simulation", "data": {{"options": {{"image_size": 32}}}}, "model": {{"name": "mlp", "options": {{"hidden": [64]}}}},
-    "federation": {{"clients": 50, "rounds": 3}}, "pool": {{"workers": 1}}, "score": {{"lpips": []}}, "attack": ["linear-leak"],
-}}), Path({str(tmp_path / "fifty")!r}))
-print(json.dumps({{"seconds": time.perf_counter() - begun, "driver_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}}))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, timeout=900, cwd=tmp_path, capture_output=True, text=True
-    )
-    print(json.loads(done.stdout.strip().splitlines()[-1]))
+    recipe = ROOT / "experiments/recipes/fifty-clients.toml"
+    code = "from fedattack.cli import main; main()"
+    arguments = ["run", str(recipe), "--out", str(tmp_path / "fifty")]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, timeout=900, cwd=tmp_path, capture_output=True)
     attacks = [row for row in rows(tmp_path / "fifty") if row["kind"] == "attack"]
     assert len(attacks) == 150
     assert {(row["client"], row["round"]) for row in attacks} == {
