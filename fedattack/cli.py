@@ -84,9 +84,7 @@ def run(
         experiment,
         out or Path("runs") / experiment.name,
         retry_failed=retry_failed,
-        on_round=lambda settings, number: typer.echo(
-            f"  {settings.title} [{settings.federation.defense}]: round {number} of {settings.federation.rounds} measured"
-        ),
+        on_round=_say_round,
         on_status=display,
     )
     display.close()
@@ -243,6 +241,12 @@ def list_plugins(kind: Annotated[Kind, typer.Argument(help="What to list.")]) ->
         ]
         if parameters:
             typer.echo(f"    {', '.join(parameters)}")
+
+
+def _say_round(settings: Any, number: int) -> None:
+    if number:
+        federation = settings.federation
+        typer.echo(f"  {settings.title} [{federation.defense}]: trained round {number} of {federation.rounds}")
 
 
 def _by_name(module: str) -> Any:

@@ -4,6 +4,7 @@ No pickle anywhere. Files appear whole or not at all (written beside, then renam
 half-written and a rerun can trust what it finds. Folders that hold private data are created with mode 0700.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -143,9 +144,21 @@ class UpdateFolder:
         self.path = Path(self.path)
 
     def __call__(self, update: Update) -> Path:
-        path = self.path / f"{update_name(update.client, update.round)}.safetensors"
+        path = self.file(update)
         save_update(path, update, self.context)
         return path
+
+    def file(self, update: Update) -> Path:
+        """Where an update of this client and round goes."""
+        return self.path / f"{update_name(update.client, update.round)}.safetensors"
+
+    def digest(self, update: Update) -> str | None:
+        """SHA-256 of that file as it is now, None where there is none."""
+        path = self.file(update)
+        if not path.exists():
+            return None
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def update_name(client: str, server_round: int) -> str:

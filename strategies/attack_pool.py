@@ -107,6 +107,7 @@ class Heartbeat:
     def begin(self, job: str) -> None:
         self._job, self._begun = job, time.monotonic()
         self._say(0, 0, None)
+        self._told = 0.0  # the first iteration is told at once
 
     def __call__(self, iteration: int, iterations: int, loss: float) -> None:
         if time.monotonic() - self._told >= self._every:
@@ -182,8 +183,7 @@ class AttackWorker:
         )
         if outcome.pid == os.getpid() and "CUDA error" in outcome.error:
             os._exit(1)  # the CUDA context of this process is broken for good; Ray starts another one
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # so that a smaller model does not meet a larger one's memory; nothing without CUDA
         return outcome.status
 
     def finish(self) -> None:
@@ -291,7 +291,10 @@ class AttackPool:
         return self
 
     def close(self) -> None:
-        """Stop the workers; nothing of this pool runs afterwards. But detached ones with jobs left are given all of them and end by themselves."""
+        """Stop the workers; nothing of this pool runs afterwards.
+
+        Detached ones with jobs left are given all of them instead and end by themselves.
+        """
         if self._closed:
             return
         self._closed = True

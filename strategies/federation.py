@@ -10,8 +10,8 @@ from flwr.serverapp import Grid
 
 from fedattack.cells import build_victim, evaluate, initial_state, load_splits
 from fedattack.config import Experiment, Settings
-from fedattack.jobs import torch_threads
-from fedattack.planning import plan_jobs, prepare_federation, update_context, updates_of
+from fedattack.jobs import outcome_path, torch_threads
+from fedattack.planning import job_id, plan_jobs, prepare_federation, update_context, updates_of
 from fedattack.registry import STRATEGIES
 from fedattack.store import FederationFolder, RunFolder, UpdateFolder, append_row, write_json, write_tensors
 from fedattack.types import State, Update
@@ -76,7 +76,11 @@ def _run_federation(
     save = UpdateFolder(folder.updates, update_context(settings, shape, classes))
 
     def sink(update: Update) -> None:
-        _submit(cells, run, pool, save(update), timeout_seconds)
+        before = save.digest(update)
+        path = save(update)
+        if before not in (None, save.digest(update)):
+            _forget_outcomes(cells, run, path)  # of a run that was cut off and now went another way
+        _submit(cells, run, pool, path, timeout_seconds)
 
     def on_incident(incident: Incident) -> None:
         append_row(folder.incidents, asdict(incident))
@@ -152,7 +156,13 @@ def _submit(cells: Sequence[Settings], run: RunFolder, pool: AttackPool, path: P
             pool.submit(job)
 
 
+def _forget_outcomes(cells: Sequence[Settings], run: RunFolder, path: Path) -> None:
+    for cell in cells:
+        for attack in cell.attack:
+            outcome_path(run.results, job_id(cell, path, attack)).unlink(missing_ok=True)
+
+
 def _clear(folder: FederationFolder) -> None:
-    """A federation that was cut off starts anew: what it had copied belongs to rounds that will be trained again."""
+    """A federation that was cut off trains anew from its first round; attacks on copies that come out the same stay."""
     for path in (folder.history, folder.incidents):
         path.unlink(missing_ok=True)

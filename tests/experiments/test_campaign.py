@@ -1,6 +1,7 @@
 """The whole road in process: from a configuration to a report, interrupted, resumed, extended and broken on the way."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from experiments.campaign import load_run, run_campaign
 from fedattack.config import Experiment, parse_config
 from fedattack.planning import jobs_of
-from fedattack.store import RunFolder, read_rows
+from fedattack.store import RunFolder, load_update, read_rows, save_update
 
 QUICK = {
     "name": "e2e",
@@ -102,6 +103,20 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, one_thread, monkeypat
     assert summary.statuses == {"ok": 4}
     scores = [[r["job"], r.get("psnr_db")] for r in read_rows(summary.run.rows)]
     assert scores == [[r["job"], r.get("psnr_db")] for r in full]
+
+
+def test_a_federation_that_was_cut_off_keeps_attacks_on_the_same_copies_only(tmp_path, one_thread) -> None:
+    """Its first round trains again: the copies come out the same, so outcomes stay; a copy that differs loses its outcome."""
+    first = run_campaign(experiment(), tmp_path / "run")
+    before = {r["job"]: r["finished"] for r in attacks(first.run)}
+    (folder,) = (tmp_path / "run" / "federations").iterdir()
+    (folder / "done.json").unlink()
+    changed = folder / "updates" / "client-1-round-1.safetensors"
+    save_update(changed, replace(load_update(changed)[0], num_examples=17), load_update(changed)[1])
+    again = run_campaign(experiment(), tmp_path / "run")
+    after = {r["job"]: r["finished"] for r in attacks(again.run)}
+    assert before.keys() == after.keys()
+    assert {job for job in before if before[job] != after[job]} == {job for job in before if "client-1-round-1" in job}
 
 
 def test_a_new_attack_reuses_the_federation_and_leaves_other_cells_alone(tmp_path, one_thread) -> None:
