@@ -58,7 +58,8 @@ class InvertingGradients:
             raise FedattackError(one_of("distance", DISTANCES, self.distance))
         if task.name == "classification" and knowledge.labels is None:
             knowledge = replace(knowledge, labels=infer_labels(update, model, knowledge, generator=generator))
-        problem = pose(update, model, task, knowledge, precision=self.precision)
+        scale_free = self.distance == "cosine"
+        problem = pose(update, model, task, knowledge, precision=self.precision, scale_free=scale_free)
         match = adam(
             problem,
             problem.start(self.restarts, generator, self.start),

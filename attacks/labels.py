@@ -21,6 +21,8 @@ def infer_labels(update: Update, model: nn.Module, knowledge: Knowledge, *, gene
     has no dense layer with one output a class.
     """
     batch, classes = knowledge.batch_size or 1, knowledge.num_classes
+    if batch > 1 and update.kind == "weights" and knowledge.learning_rate is None:
+        raise NotApplicable("learning_rate must be known to count the labels of a batch in a weight difference")
     steps = knowledge.local_steps or 1
     gradient = {name: value / steps for name, value in update.gradient(knowledge.learning_rate).items()}
     weight, bias = _last_dense(model, gradient, classes)
@@ -28,6 +30,10 @@ def infer_labels(update: Update, model: nn.Module, knowledge: Knowledge, *, gene
         if batch > 1:
             raise NotApplicable("labels of a batch cannot be read off a last dense layer without a bias")
         rows = gradient[weight].double()
+        if (
+            len(rows) == 2
+        ):  # ±(p − 1)·features: only the sign of the features, mostly not negative, tells which is which
+            return rows.sum(1).argmin().reshape(1)
         return (rows @ rows.T).fill_diagonal_(0.0).sum(1).argmin().reshape(1)
     observed = gradient[bias].double()
     if batch == 1:

@@ -30,12 +30,14 @@ def squared_l2(simulated: State, observed: State) -> Tensor:
 
 
 def relative_l2(simulated: State, observed: State) -> Tensor:
-    """Mean over layers of ‖a − b‖²/‖b‖²: every layer counts the same, 0 is a perfect match, 1 is silence."""
-    terms = []
-    for name, wanted in observed.items():
-        scale = wanted.square().sum().clamp_min(torch.finfo(wanted.dtype).tiny)
-        terms.append((simulated[name] - wanted).square().sum() / scale)
-    return torch.stack(terms).mean()
+    """Mean over layers of ‖a − b‖²/‖b‖²: every layer counts the same, 0 is a perfect match, 1 is silence.
+
+    A layer that was observed as all zero (pruned, or behind dead units) is measured by the whole update's norm instead.
+    """
+    norms = torch.stack([wanted.square().sum() for wanted in observed.values()])
+    norms = torch.where(norms > 0, norms, norms.sum().clamp_min(torch.finfo(norms.dtype).tiny))
+    errors = torch.stack([(simulated[name] - wanted).square().sum() for name, wanted in observed.items()])
+    return (errors / norms).mean()
 
 
 def cosine(simulated: State, observed: State) -> Tensor:
@@ -126,12 +128,18 @@ class Problem:
 
 
 def pose(
-    update: Update, model: nn.Module, task: Task, knowledge: Knowledge, *, precision: str | None = None
+    update: Update,
+    model: nn.Module,
+    task: Task,
+    knowledge: Knowledge,
+    *,
+    precision: str | None = None,
+    scale_free: bool = False,
 ) -> Problem:
     """The matching problem of an update under a threat model. `precision` "float32" or "float64"; None: the update's own.
 
-    Raises NotApplicable where the update holds none of the model's trained parameters or several local steps are known
-    but not their learning rate.
+    Raises NotApplicable where the update holds none of the model's trained parameters, and where it carries weights whose
+    learning rate is hidden (one local step can be matched all the same by a distance that is `scale_free`).
     """
     dtype = next((t.dtype for t in update.received.values() if t.is_floating_point()), torch.float32)
     if precision is not None:
@@ -140,8 +148,9 @@ def pose(
         dtype = DTYPES[precision]
     sent = {name: t.to(dtype) if t.is_floating_point() else t for name, t in update.sent.items()}
     several = (knowledge.local_steps or 1) > 1
-    if several and knowledge.learning_rate is None:
-        raise NotApplicable("learning_rate must be known to unroll several local steps")
+    if update.kind == "weights" and knowledge.learning_rate is None and (several or not scale_free):
+        why = "unroll several local steps" if several else "turn a weight difference into a gradient"
+        raise NotApplicable(f"learning_rate must be known to {why}")
     gradient = update.gradient(knowledge.learning_rate)
     observed = {name: gradient[name].to(dtype) for name in parameter_names(model) if name in gradient}
     if not observed:

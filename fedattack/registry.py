@@ -113,8 +113,11 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
         return name.strip(), {}
     try:
         call = ast.parse(f"f({rest}", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             raise ValueError("only key=value arguments")
+        keys = [keyword.arg for keyword in call.keywords]
+        if None in keys or len(set(keys)) < len(keys):
+            raise ValueError("every key must be given once, by name")
         return name.strip(), {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
     except (SyntaxError, ValueError) as error:
         raise FedattackError(f'{text!r} must be "name" or "name(key=value, …)": {error}') from error
@@ -122,8 +125,17 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
 
 def format_spec(name: str, parameters: Mapping[str, Any]) -> str:
     """The inverse of `parse_spec`."""
-    inside = ", ".join(f"{key}={value!r}" for key, value in parameters.items())
+    inside = ", ".join(f"{key}={_literal(value)}" for key, value in parameters.items())
     return f"{name}({inside})" if inside else name
+
+
+def _literal(value: Any) -> str:
+    """repr, with infinities as literals that Python reads back."""
+    return (
+        {float("inf"): "1e999", float("-inf"): "-1e999"}.get(value) or repr(value)
+        if isinstance(value, float)
+        else repr(value)
+    )
 
 
 def _load(target: str) -> Any:

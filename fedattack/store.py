@@ -33,8 +33,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def private_folder(path: Path) -> Path:
     """The folder, made with its parents for this user only if it is not there."""
-    if not path.is_dir():
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for folder in (*reversed(path.parents), path):
+        if not folder.is_dir():
+            folder.mkdir(mode=0o700, exist_ok=True)
     return path
 
 
@@ -53,9 +54,13 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Add a line; one that a crash cut off before it is closed first, so that this one is whole."""
     private_folder(path.parent)
-    with path.open("a") as file:
-        file.write(json.dumps(finite(row), default=str, allow_nan=False) + "\n")
+    with path.open("a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size and (file.seek(size - 1), file.read(1))[1] != b"\n":
+            file.write(b"\n")
+        file.write((json.dumps(finite(row), default=str, allow_nan=False) + "\n").encode())
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -87,10 +92,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("fedattack", "{}"))
+            if not isinstance(about, dict):
+                raise FedattackError(must(f"the header of {path}", "a JSON object", about))
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (it is no dict)
     except FileNotFoundError as error:
         raise FedattackError(must(str(path), "an existing safetensors file", "no such file")) from error
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise FedattackError(must(str(path), "a safetensors file of fedattack", str(error))) from error
 
 
@@ -116,18 +123,21 @@ def load_update(path: Path) -> tuple[Update, dict[str, Any]]:
     if about.get("type") != "update":
         raise MalformedUpdate(must(str(path), "a file of type 'update'", about.get("type")))
     parts: dict[str, dict[str, Tensor]] = {"sent": {}, "received": {}}
-    for name, tensor in tensors.items():
-        part, _, rest = name.partition("/")
-        parts[part][rest] = tensor
-    update = Update(
-        round=about["round"],
-        client=about["client"],
-        sent=parts["sent"],
-        received=parts["received"],
-        kind=about["kind"],
-        num_examples=about["num_examples"],
-    )
-    return update, about["context"]
+    try:
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition("/")
+            parts[part][rest] = tensor
+        update = Update(
+            round=about["round"],
+            client=about["client"],
+            sent=parts["sent"],
+            received=parts["received"],
+            kind=about["kind"],
+            num_examples=about["num_examples"],
+        )
+        return update, dict(about["context"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise MalformedUpdate(f"{path} lacks a part of an update: {error}") from error
 
 
 @dataclass
@@ -162,8 +172,14 @@ class UpdateFolder:
 
 
 def update_name(client: str, server_round: int) -> str:
-    """ "client-3-round-1": how a client's files of one round are called, everywhere; safe as a file name."""
-    return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', client)[:80]}-round-{server_round}"
+    """ "client-3-round-1": how a client's files of one round are called, everywhere; safe as a file name.
+
+    Names that had to be changed for that get a digest, so that no two clients share a file.
+    """
+    safe = re.sub(r"[^A-Za-z0-9_.-]", "_", client)[:80]
+    if safe != client:
+        safe += "-" + hashlib.sha256(client.encode(errors="replace")).hexdigest()[:8]
+    return f"{safe}-round-{server_round}"
 
 
 # ------------------------------------------------------------------------------------------------ reconstructions
@@ -182,7 +198,7 @@ def save_reconstruction(path: Path, found: Reconstruction) -> None:
 
 def load_reconstruction(path: Path) -> Reconstruction:
     tensors, about = read_tensors(path)
-    if about.get("type") != "reconstruction":
+    if about.get("type") != "reconstruction" or "images" not in tensors:
         raise FedattackError(must(str(path), "a file of type 'reconstruction'", about.get("type")))
     return Reconstruction(
         images=tensors["images"],

@@ -265,16 +265,19 @@ def schedule(knowledge: Knowledge) -> list[list[int]]:
 
 def split_steps(task: Task, private: Private, steps: Sequence[Sequence[int]]) -> list[Private]:
     """One `Private` a local step. Data is looked up by index, what the task draws anew is cut in consecutive pieces."""
-    batches, start = [], 0
+    batches: list[Private] = []
+    start = 0
     for indices in steps:
         stop = start + len(indices)
         batches.append(
-            {name: v[start:stop] if name in task.drawn else v[list(indices)] for name, v in private.items()}
-            if len(steps) > 1
-            else private
+            {name: v[start:stop] if name in task.drawn else _rows(v, list(indices)) for name, v in private.items()}
         )
         start = stop
     return batches
+
+
+def _rows(tensor: Tensor, indices: list[int]) -> Tensor:
+    return tensor if indices == list(range(len(tensor))) else tensor[indices]
 
 
 def join_steps(task: Task, images: Tensor, labels: Tensor, batches: Sequence[Private]) -> dict[str, Tensor]:

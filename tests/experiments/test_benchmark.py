@@ -31,9 +31,9 @@ def test_the_ratio_is_taken_image_by_image() -> None:
         return base | {"psnr_db": 20.0, "wall_ms": wall_ms, "cpu_ms": wall_ms}
 
     rows = [row("dlg", 0, 1.0), row("breaching-dlg", 0, 2.0), row("dlg", 1, 30.0), row("breaching-dlg", 1, 60.0)]
-    assert "| 0.50 |" in bench.table(rows).splitlines()[2]
+    assert "| 0.50 (0.50) |" in bench.table(rows).splitlines()[2]
     rows[1]["status"], rows[1]["error"] = "failed", "ValueError: a | b"
-    assert "| 0.50 |" in bench.table(rows).splitlines()[2]
+    assert "| 0.50 (0.50) |" in bench.table(rows).splitlines()[2]
 
 
 def test_demo_settings_are_those_of_the_recipe() -> None:
