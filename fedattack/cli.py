@@ -79,7 +79,7 @@ def run(
         typer.echo(line)
     if dry_run:
         return
-    display = _by_name("strategies.attack_pool").PoolDisplay()
+    display = _by_name("strategies.pool_display").PoolDisplay()
     summary = campaign.run_campaign(
         experiment,
         out or Path("runs") / experiment.name,

@@ -1,6 +1,9 @@
 """The server side: the honest-but-curious wrapper, the strategies it wraps, the attack pool and the engines."""
 
-from strategies.honest_but_curious import EavesdroppingGrid, HonestButCurious
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from strategies.honest_but_curious import EavesdroppingGrid, HonestButCurious
 
 __all__ = ["STRATEGIES", "EavesdroppingGrid", "HonestButCurious"]
 
@@ -22,3 +25,12 @@ STRATEGIES: dict[str, str] = {
     "dp-client-fixed": "strategies.flower:dp_client_fixed",
     "dp-client-adaptive": "strategies.flower:dp_client_adaptive",
 }
+
+
+def __getattr__(name: str) -> Any:
+    """The wrapper on first use: attack workers live in this package too and need no flwr."""
+    if name in ("EavesdroppingGrid", "HonestButCurious"):
+        from strategies import honest_but_curious
+
+        return getattr(honest_but_curious, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -173,12 +173,12 @@ def test_image_layer_finds_the_layer_and_its_map(make_state):
     with seeded_default_generator(0):
         layers = [("n", Normalize(3, (0.1, 0.2, 0.3), (2.0, 4.0, 8.0))), ("f", nn.Flatten()), ("d", nn.Linear(105, 4))]
     model = nn.Sequential(OrderedDict(layers))
-    name, slope, offset = image_layer(model, make_state(model, torch.float64), SHAPE, derive_generator(0, "p"))
-    assert name == "d"
+    found = image_layer(model, make_state(model, torch.float64), SHAPE, derive_generator(0, "p"))
+    assert (found.name, found.outputs) == ("d", 4)
     wanted = torch.tensor([0.5, 0.25, 0.125], dtype=torch.float64).repeat_interleave(35)
-    torch.testing.assert_close(slope, wanted, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found.slope, wanted, rtol=1e-6, atol=1e-7)
     mean = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64).repeat_interleave(35)
-    torch.testing.assert_close(offset, -mean * wanted, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found.offset, -mean * wanted, rtol=1e-6, atol=1e-7)
 
 
 # ------------------------------------------------------------------------------------------------ batches

@@ -20,7 +20,8 @@ from fedattack.models import build_model
 from fedattack.store import RunFolder, read_rows, save_update, write_json
 from fedattack.types import Update
 from strategies import attack_pool
-from strategies.attack_pool import AttackPool, Heartbeat, PoolDisplay, PoolStatus, Running, attempts_path, execute
+from strategies.attack_pool import AttackPool, Heartbeat, PoolStatus, Running, attempts_path, execute
+from strategies.pool_display import PoolDisplay
 
 CONTEXT = {
     "model": {"name": "mlp", "options": {"hidden": [3]}},
