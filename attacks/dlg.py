@@ -25,7 +25,7 @@ class DLG:
     """Gradient matching with L-BFGS, squared L2 distance, labels optimised along with the images.
 
     iterations: outer L-BFGS calls of up to 20 steps. start: "normal" as in the paper, "uniform", or "grey" (0.5 + small
-    noise, much the surest on natural images). distance: "l2", "relative-l2", "cosine". precision: "float32", "float64" or
+    noise, the surest on natural images). distance: "l2", "relative-l2", "cosine". precision: "float32", "float64" or
     None for the update's own.
     """
 

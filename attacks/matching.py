@@ -48,6 +48,9 @@ def cosine(simulated: State, observed: State) -> Tensor:
     return 1.0 - dot / (a * b).clamp_min(torch.finfo(a.dtype).tiny).sqrt()
 
 
+STARTS = {"uniform": 0.0, "normal": 0.5, "grey": 0.1}
+"""How an attack's images may start; the number is the standard deviation around 0.5 of those that are normal."""
+
 DISTANCES: dict[str, Distance] = {"l2": squared_l2, "relative-l2": relative_l2, "cosine": cosine}
 
 
@@ -77,7 +80,7 @@ class Problem:
     proximal_mu: float
     dtype: torch.dtype
 
-    def simulated(self, guess: Mapping[str, Tensor]) -> State:
+    def simulated(self, guess: Mapping[str, Tensor], *, transformable: bool = True) -> State:
         """The (pseudo-)gradient that the client would have sent for `guess` (no restart axis), on the observed names."""
         private = {**self.known, **{name: self._relax(name, value) for name, value in guess.items()}}
         gradient = simulate_gradient(
@@ -87,18 +90,23 @@ class Problem:
             split_steps(self.task, private, self.steps),
             learning_rate=self.learning_rate,
             proximal_mu=self.proximal_mu,
+            transformable=transformable,
         )
         return {name: gradient[name] for name in self.observed}
 
     def start(self, restarts: int, generator: torch.Generator, images: str = "uniform") -> dict[str, Tensor]:
-        """Random guesses, (R, …) each. images: "uniform" in [0, 1], "normal" N(0, 1) as DLG, "grey" 0.5 + N(0, 0.01)."""
+        """Random guesses, (R, …) each. images: "uniform" in [0, 1]; "normal", 0.5 + 0.5·N(0, 1), which is DLG's N(0, 1) after
+        the models' own normalisation; "grey", 0.5 + 0.1·N(0, 1). Everything else but timesteps is N(0, 1).
+        """
+        if images not in STARTS:
+            raise FedattackError(one_of("start", STARTS, images))
         guesses = {}
         for name, variable in self.unknown.items():
             shape = (restarts, *variable.shape)
             if name == "images" and images == "uniform":
                 guess = torch.rand(shape, generator=generator, dtype=self.dtype)
-            elif name == "images" and images == "grey":
-                guess = 0.5 + 0.1 * torch.randn(shape, generator=generator, dtype=self.dtype)
+            elif name == "images":
+                guess = 0.5 + STARTS[images] * torch.randn(shape, generator=generator, dtype=self.dtype)
             elif name == "timesteps":
                 guess = variable.high * torch.rand(shape, generator=generator, dtype=self.dtype)
             else:
@@ -188,15 +196,15 @@ class Match:
 
 
 def objective(problem: Problem, distance: Distance, penalty: Penalty | None = None) -> Callable[..., Tensor]:
-    """losses (R,) of guesses with a restart axis. One restart goes without vmap, which costs a third more there."""
+    """losses (R,) of guesses with a restart axis; a single restart goes by plain autograd, which is faster there."""
 
-    def one(guess: dict[str, Tensor]) -> Tensor:
-        loss = distance(problem.simulated(guess), problem.observed)
+    def one(guess: dict[str, Tensor], transformable: bool = True) -> Tensor:
+        loss = distance(problem.simulated(guess, transformable=transformable), problem.observed)
         return loss + penalty(guess["images"]) if penalty is not None else loss
 
     def each(guesses: dict[str, Tensor]) -> Tensor:
         restarts = len(next(iter(guesses.values())))
-        return torch.stack([one({name: value[r] for name, value in guesses.items()}) for r in range(restarts)])
+        return torch.stack([one({name: value[r] for name, value in guesses.items()}, False) for r in range(restarts)])
 
     def together(guesses: dict[str, Tensor]) -> Tensor:
         if len(next(iter(guesses.values()))) == 1:

@@ -176,13 +176,18 @@ def simulate_gradient(
     *,
     learning_rate: float | None = None,
     proximal_mu: float = 0.0,
+    transformable: bool = True,
 ) -> State:
     """The pseudo-gradient of local SGD: (sent − weights after it) / learning_rate, summed without the subtraction.
 
     One batch is one gradient (FedSGD, Algorithm 1) and needs no learning rate; k batches are k steps of plain SGD unrolled
     (FedAvg), with FedProx's term μ·(w − sent) where `proximal_mu` is given. Differentiable in every private variable.
+
+    transformable: usable under torch.func's vmap, jvp and the like; False gives the same numbers by plain autograd, which
+    is a quarter faster on small models.
     """
-    return _local_sgd(model, sent, task, batches, learning_rate, proximal_mu)[0]
+    gradient_at = _loss_gradient if transformable else _loss_gradient_by_autograd
+    return _local_sgd(model, sent, task, batches, learning_rate, proximal_mu, gradient_at)[0]
 
 
 def simulate(
@@ -206,7 +211,7 @@ def simulate(
         return simulate_gradient(model, sent, task, batches)
     if learning_rate is None:
         raise MissingKnowledge("learning_rate must be known for an update that carries weights")
-    total, buffers = _local_sgd(model, sent, task, batches, learning_rate, proximal_mu)
+    total, buffers = _local_sgd(model, sent, task, batches, learning_rate, proximal_mu, _loss_gradient)
     weights = {name: sent[name] - learning_rate * gradient for name, gradient in total.items()}
     return {name: weights.get(name, buffers.get(name, sent[name])) for name in sent}
 
@@ -218,18 +223,19 @@ def _local_sgd(
     batches: Sequence[Private],
     learning_rate: float | None,
     proximal_mu: float,
+    gradient_at: Callable[[nn.Module, State, State, Task, Private], tuple[State, State]],
 ) -> tuple[State, State]:
     """The summed pseudo-gradient of the parameters, and the buffers as the last step left them."""
     trained = {name: sent[name] for name in parameter_names(model)}
     fixed = dict(model.named_parameters()) | dict(model.named_buffers()) | sent
     fixed = {name: tensor.detach() for name, tensor in fixed.items() if name not in trained}
-    total, fixed = _loss_gradient(model, trained, fixed, task, batches[0])
+    total, fixed = gradient_at(model, trained, fixed, task, batches[0])
     if len(batches) > 1 and learning_rate is None:
         raise MissingKnowledge("learning_rate must be known to unroll more than one local step")
     for private in batches[1:]:
         assert learning_rate is not None
         weights = {name: trained[name] - learning_rate * total[name] for name in trained}
-        step, fixed = _loss_gradient(model, weights, fixed, task, private)
+        step, fixed = gradient_at(model, weights, fixed, task, private)
         shrink = 1.0 - learning_rate * proximal_mu
         total = {name: shrink * total[name] + step[name] for name in total}
     return total, fixed
@@ -244,6 +250,19 @@ def _loss_gradient(model: nn.Module, weights: State, fixed: State, task: Task, p
 
     gradient, after = grad(loss_at, has_aux=True)(weights)
     return gradient, after
+
+
+def _loss_gradient_by_autograd(
+    model: nn.Module, weights: State, fixed: State, task: Task, private: Private
+) -> tuple[State, State]:
+    """`_loss_gradient` without torch.func: not to be used under its transforms."""
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        at = {name: w if w.requires_grad else w.detach().requires_grad_() for name, w in weights.items()}
+        copies = {name: tensor.clone() for name, tensor in fixed.items()}
+        loss = task.loss(bind(model, {**copies, **at}), private)
+        gradient = torch.autograd.grad(loss, list(at.values()), create_graph=recorded, materialize_grads=True)
+    return dict(zip(at, gradient, strict=True)), {name: tensor.detach() for name, tensor in copies.items()}
 
 
 def batch_indices(num_examples: int, batch_size: int, steps: int) -> list[list[int]]:

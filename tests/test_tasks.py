@@ -418,3 +418,27 @@ def test_unknown_tasks_and_predictions_offer_the_closest_name():
         build_task("difusion")
     with pytest.raises(FedattackError, match="did you mean 'epsilon'"):
         Diffusion(prediction_type="epsilom")
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_plain_autograd_gives_the_numbers_of_torch_func(norm, steps):
+    """Values, and derivatives by the images, of one gradient and of unrolled steps; statistics in `sent` stay as they were."""
+    model = build_model("convnet-small", image_shape=(3, 8, 8), num_classes=4, seed=0, width=8, norm=norm).double()
+    sent = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    kept = {name: tensor.clone() for name, tensor in sent.items()}
+    labels = torch.tensor([0, 1, 2])
+    results = []
+    for transformable in (True, False):
+        images = torch.rand(3, 3, 8, 8, generator=derive_generator(0, "i"), dtype=torch.float64).requires_grad_()
+        batches = [{"images": images, "labels": labels}] * steps
+        gradient = simulate_gradient(model, sent, Classification(), batches, learning_rate=0.1, transformable=transformable)
+        loss = sum(tensor.square().sum() for tensor in gradient.values())
+        results.append((gradient, torch.autograd.grad(loss, images)[0]))
+        with torch.no_grad():
+            quiet = simulate_gradient(model, sent, Classification(), batches, learning_rate=0.1, transformable=transformable)
+        assert not any(tensor.requires_grad for tensor in quiet.values())
+    for name, tensor in results[0][0].items():
+        torch.testing.assert_close(results[1][0][name], tensor, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-10, atol=1e-14)
+    assert all(torch.equal(sent[name], kept[name]) for name in sent)
