@@ -432,11 +432,15 @@ def test_plain_autograd_gives_the_numbers_of_torch_func(norm, steps):
     for transformable in (True, False):
         images = torch.rand(3, 3, 8, 8, generator=derive_generator(0, "i"), dtype=torch.float64).requires_grad_()
         batches = [{"images": images, "labels": labels}] * steps
-        gradient = simulate_gradient(model, sent, Classification(), batches, learning_rate=0.1, transformable=transformable)
+        gradient = simulate_gradient(
+            model, sent, Classification(), batches, learning_rate=0.1, transformable=transformable
+        )
         loss = sum(tensor.square().sum() for tensor in gradient.values())
         results.append((gradient, torch.autograd.grad(loss, images)[0]))
         with torch.no_grad():
-            quiet = simulate_gradient(model, sent, Classification(), batches, learning_rate=0.1, transformable=transformable)
+            quiet = simulate_gradient(
+                model, sent, Classification(), batches, learning_rate=0.1, transformable=transformable
+            )
         assert not any(tensor.requires_grad for tensor in quiet.values())
     for name, tensor in results[0][0].items():
         torch.testing.assert_close(results[1][0][name], tensor, rtol=1e-12, atol=1e-14)
