@@ -14,8 +14,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from attacks.matching import DISTANCES, lbfgs, pose, reconstruction
-from fedattack.errors import FedattackError, one_of
+from attacks.matching import DISTANCES, check_options, lbfgs, pose, reconstruction
 from fedattack.tasks import Task
 from fedattack.types import Knowledge, Progress, Reconstruction, Update, silent
 
@@ -43,6 +42,9 @@ class DLG:
     success: float = 1e-7
     precision: str | None = "float64"
 
+    def __post_init__(self) -> None:
+        check_options(self.distance, self.start, self.iterations)
+
     def reconstruct(
         self,
         update: Update,
@@ -54,8 +56,6 @@ class DLG:
         progress: Progress = silent,
     ) -> Reconstruction:
         begun = perf_counter()
-        if self.distance not in DISTANCES:
-            raise FedattackError(one_of("distance", DISTANCES, self.distance))
         problem = pose(update, model, task, knowledge, precision=self.precision)
         match = lbfgs(
             problem,

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.labels import infer_labels
-from attacks.matching import DISTANCES, adam, pose, reconstruction, total_variation
-from fedattack.errors import FedattackError, one_of
+from attacks.matching import DISTANCES, adam, check_options, pose, reconstruction, total_variation
 from fedattack.tasks import Task
 from fedattack.types import Knowledge, Progress, Reconstruction, Update, silent
 
@@ -43,6 +42,9 @@ class InvertingGradients:
     boxed: bool = True
     precision: str | None = None
 
+    def __post_init__(self) -> None:
+        check_options(self.distance, self.start, self.iterations)
+
     def reconstruct(
         self,
         update: Update,
@@ -54,8 +56,6 @@ class InvertingGradients:
         progress: Progress = silent,
     ) -> Reconstruction:
         begun = perf_counter()
-        if self.distance not in DISTANCES:
-            raise FedattackError(one_of("distance", DISTANCES, self.distance))
         if task.name == "classification" and knowledge.labels is None:
             knowledge = replace(knowledge, labels=infer_labels(update, model, knowledge, generator=generator))
         scale_free = self.distance == "cosine"

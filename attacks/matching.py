@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from fedattack.errors import FedattackError, NotApplicable, one_of
+from fedattack.errors import FedattackError, NotApplicable, must, one_of
 from fedattack.tasks import Task, Variable, parameter_names, schedule, simulate_gradient, split_steps
 from fedattack.types import Knowledge, Progress, Reconstruction, State, Update, silent
 
@@ -52,6 +52,15 @@ STARTS = {"uniform": 0.0, "normal": 0.5, "grey": 0.1}
 """How an attack's images may start; the number is the standard deviation around 0.5 of those that are normal."""
 
 DISTANCES: dict[str, Distance] = {"l2": squared_l2, "relative-l2": relative_l2, "cosine": cosine}
+
+
+def check_options(distance: str, start: str, iterations: int) -> None:
+    """Raise FedattackError where an attack's options cannot be."""
+    for what, table, got in (("distance", DISTANCES, distance), ("start", STARTS, start)):
+        if got not in table:
+            raise FedattackError(one_of(what, table, got))
+    if not isinstance(iterations, int) or iterations < 1:
+        raise FedattackError(must("iterations", "a whole number of at least 1", iterations))
 
 
 def total_variation(images: Tensor) -> Tensor:
@@ -98,8 +107,6 @@ class Problem:
         """Random guesses, (R, …) each. images: "uniform" in [0, 1]; "normal", 0.5 + 0.5·N(0, 1), which is DLG's N(0, 1) after
         the models' own normalisation; "grey", 0.5 + 0.1·N(0, 1). Everything else but timesteps is N(0, 1).
         """
-        if images not in STARTS:
-            raise FedattackError(one_of("start", STARTS, images))
         guesses = {}
         for name, variable in self.unknown.items():
             shape = (restarts, *variable.shape)
@@ -314,7 +321,9 @@ def lbfgs(
 def reconstruction(problem: Problem, match: Match, seconds: float) -> Reconstruction:
     """What a match says, in the units of `Reconstruction`, with the spread of the restarts as diagnostics."""
     found = problem.estimate(match.guess)
-    images = found["images"].clamp(0.0, 1.0).nan_to_num(0.5).float()
+    if not bool(found["images"].isfinite().all()):
+        raise FedattackError("the search diverged: not one restart ended with finite images")
+    images = found["images"].clamp(0.0, 1.0).float()
     return Reconstruction(
         images=images,
         labels=found.get("labels"),

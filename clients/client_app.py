@@ -5,6 +5,7 @@ campaign. Defenses and Flower's own mods are chained around the training functio
 A node may bring its own data ("dataset" in its node config) and its own seed ("private-seed"); in a deployment it should.
 """
 
+import sys
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
@@ -20,7 +21,7 @@ from fedattack.data import ImageData, load_dataset
 from fedattack.errors import FedattackError, must
 from fedattack.jobs import torch_threads
 from fedattack.registry import MODS, parse_spec
-from fedattack.seeding import derive_seed
+from fedattack.seeding import derive_seed, seeded_global_generators
 
 Handler = Callable[[Message, Context], Message]
 Mod = Callable[[Message, Context, Handler], Message]
@@ -34,10 +35,10 @@ def settings_of(message: Message) -> Settings:
 def defense_mod(message: Message, context: Context, call_next: Handler) -> Message:
     """The cell's own defenses as a Flower mod: what leaves the client is what they make of the update."""
     settings, sent = settings_of(message), _arrays(message).to_torch_state_dict()
-    partition_id, seed = partition_id_of(context), client_seed(context, settings_of(message))
     reply = call_next(message, context)
     if reply.has_error() or not settings.federation.defenses():
         return reply
+    partition_id, seed = partition_id_of(context), client_seed(context, settings, private_data(settings, context))
     update = _arrays(reply).to_torch_state_dict()
     with torch_threads(1):
         defended = defend(
@@ -65,24 +66,26 @@ def configured_mods(message: Message, context: Context, call_next: Handler) -> M
     """Chain the mods that this message's settings name around the training: Flower's outermost, then our defenses."""
     chain: list[Mod] = [*(flower_mod(spec) for spec in settings_of(message).federation.mods), defense_mod]
     handler = reduce(_wrapped, reversed(chain), call_next)
-    return handler(message, context)
+    settings = settings_of(message)
+    seed = client_seed(context, settings, private_data(settings, context))
+    with seeded_global_generators(derive_seed(seed, "mods", int(_config(message)["server-round"]))):
+        return handler(message, context)  # Flower's local DP draws from numpy's global generator
 
 
 def train(message: Message, context: Context) -> Message:
     """One round of local training."""
     config, settings = _config(message), settings_of(message)
-    partition_id = partition_id_of(context)
-    truth = str(config.get("truth", ""))
+    partition_id, data = partition_id_of(context), private_data(settings, context)
     with torch_threads(1):
         result = train_locally(
             settings,
             _arrays(message).to_torch_state_dict(),
-            private_data(settings, context),
+            data,
             client=client_name(partition_id),
             server_round=int(config["server-round"]),
-            seed=client_seed(context, settings),
+            seed=client_seed(context, settings, data),
             proximal_mu=float(config.get("proximal-mu", 0.0)),
-            truth=Path(truth) if truth else None,
+            truth=truth_folder(context, str(config.get("truth", ""))),
         )
     metrics = {"train-loss": result.loss, "num-examples": result.num_examples, "partition-id": partition_id}
     return _reply(message, {"arrays": ArrayRecord(result.update), "metrics": MetricRecord(metrics)})
@@ -109,6 +112,17 @@ def private_data(settings: Settings, context: Context) -> ImageData:
             must("partition-id of a node", f"below the number of clients, {len(shares)}", partition_id)
         )
     return load_splits(settings).private.subset(shares[partition_id])
+
+
+def truth_folder(context: Context, wanted: str) -> Path | None:
+    """Where the witness may write: where the server says, but only in a simulation, and never about a node's own data.
+
+    A simulation is the in-process engine (which says so in the node config) or Flower's, whose clients live in Ray workers.
+    """
+    ray = sys.modules.get("ray")
+    simulated = bool(context.node_config.get("witness")) or (ray is not None and ray.is_initialized())
+    own = "dataset" in context.node_config or "private-seed" in context.node_config
+    return Path(wanted) if wanted and simulated and not own else None
 
 
 def make_client_app() -> ClientApp:
@@ -141,10 +155,14 @@ def partition_id_of(context: Context) -> int:
     return int(context.node_config["partition-id"])
 
 
-def client_seed(context: Context, settings: Settings) -> int:
-    """The client's own root seed: the node's "private-seed" where it has one, else derived from the run's."""
+def client_seed(context: Context, settings: Settings, data: ImageData) -> int:
+    """The client's own root seed, from which its batches, its t and ε, and its defenses' noise are drawn.
+
+    The node's "private-seed" where it has one; else a function of the run's seed and of the client's images, so that nobody
+    who does not have them can draw the same noise and take it off again.
+    """
     own = context.node_config.get("private-seed")
-    return derive_seed(settings.seed, "clients") if own is None else derive_seed(int(own), "clients")
+    return derive_seed(int(own), "client") if own is not None else derive_seed(settings.seed, "client", data.digest())
 
 
 def _reply(message: Message, content: dict[str, Any]) -> Message:

@@ -5,7 +5,6 @@ around the very same local training and defenses.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from flwr.client import NumPyClient
 from flwr.client.mod import secaggplus_mod
 from flwr.clientapp import ClientApp
 
-from clients.client_app import client_seed, partition_id_of, private_data
+from clients.client_app import client_seed, partition_id_of, private_data, truth_folder
 from clients.training import client_name, defend, train_locally
 from fedattack.config import Settings
 from fedattack.jobs import torch_threads
@@ -42,15 +41,14 @@ class SecAggClient(NumPyClient):
         settings = Settings.model_validate_json(str(config["fedattack"]))
         names = str(config["names"]).split(",")
         sent = {name: torch.from_numpy(np.asarray(array).copy()) for name, array in zip(names, parameters, strict=True)}
-        partition_id, truth = partition_id_of(self.context), str(config["truth"])
+        data, truth = private_data(settings, self.context), truth_folder(self.context, str(config["truth"]))
         who = {
-            "client": client_name(partition_id),
+            "client": client_name(partition_id_of(self.context)),
             "server_round": int(config["server-round"]),
-            "seed": client_seed(self.context, settings),
+            "seed": client_seed(self.context, settings, data),
         }
         with torch_threads(1):
-            data = private_data(settings, self.context)
-            result = train_locally(settings, sent, data, truth=Path(truth) if truth else None, **who)  # type: ignore[arg-type]
+            result = train_locally(settings, sent, data, truth=truth, **who)  # type: ignore[arg-type]
             update = defend(result.update, sent, settings, **who)  # type: ignore[arg-type]
         return [update[name].numpy() for name in names], result.num_examples, {"train-loss": result.loss}
 

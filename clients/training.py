@@ -24,6 +24,10 @@ class LocalResult:
     num_examples: int
 
 
+STATISTICS = ("running_mean", "running_var")
+"""Last parts of the names of BatchNorm's statistics."""
+
+
 def client_name(partition_id: int) -> str:
     return f"client-{partition_id}"
 
@@ -85,10 +89,14 @@ def train_locally(
 
 
 def defend(update: State, sent: State, settings: Settings, *, client: str, server_round: int, seed: int) -> State:
-    """Apply the cell's update defenses in order: to the gradient, or to the weight difference, put back on `sent`."""
+    """Apply the cell's update defenses in order: to the gradient, or to the weight difference, put back on `sent`.
+
+    Running statistics of BatchNorm, which fedavg sends along, are left as they are: noise would make variances negative.
+    """
     weights = settings.federation.protocol == "fedavg"
-    moved = {name: tensor - sent[name] if weights else tensor for name, tensor in update.items()}
-    for defense in build_defenses(settings):
-        generator = derive_generator(seed, "defense", defense.name, client, f"round-{server_round}")
+    names = [name for name in update if not name.endswith(STATISTICS)]
+    moved = {name: update[name] - sent[name] if weights else update[name] for name in names}
+    for number, defense in enumerate(build_defenses(settings)):
+        generator = derive_generator(seed, "defense", number, defense.name, client, f"round-{server_round}")
         moved = defense.on_update(moved, sent=sent, generator=generator)
-    return {name: sent[name] + tensor if weights else tensor for name, tensor in moved.items()}
+    return update | {name: sent[name] + tensor if weights else tensor for name, tensor in moved.items()}

@@ -46,14 +46,23 @@ def initial_state(model: nn.Module) -> State:
 
 @torch.no_grad()
 def evaluate(settings: Settings, state: State, data: ImageData, *, limit: int = 512) -> dict[str, float]:
-    """Mean loss, and accuracy in [0, 1] for a classifier, on the first `limit` images, in evaluation mode."""
-    task = settings.task.build()
-    predict = bind(build_victim(settings, data.image_shape, data.num_classes).eval(), state)
+    """Mean loss, and accuracy in [0, 1] for a classifier, on the first `limit` images, in evaluation mode.
+
+    Under FedSGD, BatchNorm that trained on batch statistics is evaluated on them too, 64 images at a time.
+    """
+    task, dtype = settings.task.build(), DTYPES[settings.precision]
+    state = {name: tensor.to(dtype) for name, tensor in state.items()}  # some strategies aggregate in another precision
+    model = build_victim(settings, data.image_shape, data.num_classes).eval()
+    if settings.federation.protocol == "fedsgd" and settings.model.mode == "train":
+        for module in model.modules():  # gradients carry no running statistics: normalise by the batch, as in training
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train()
+    predict = bind(model, state)
     generator = derive_generator(settings.seed, "evaluate")
     total, correct, count = 0.0, 0, min(limit, len(data))
     for start in range(0, count, 64):
         indices = list(range(start, min(start + 64, count)))
-        images, labels = data.images(indices, DTYPES[settings.precision]), data.labels[indices]
+        images, labels = data.images(indices, dtype), data.labels[indices]
         total += float(task.loss(predict, task.draw(images, labels, generator=generator))) * len(indices)
         if task.name == "classification":
             correct += int((predict(images).argmax(1) == labels).sum())

@@ -1,6 +1,7 @@
 """The command line: run, attack, report, list. Everything heavy is imported inside the commands."""
 
 import logging
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,7 +36,11 @@ class Kind(StrEnum):
 
 
 def main() -> None:
-    """Entry point: errors of the package end as one readable message and exit code 2."""
+    """Entry point: errors of the package end as one readable message and exit code 2.
+
+    Plugins in the current folder can be named as "module:Class", after everything that is installed.
+    """
+    sys.path.append(str(Path.cwd()))
     try:
         app()
     except FedattackError as error:
@@ -92,6 +97,8 @@ def run(
     typer.echo(f"attacks: {counts}")
     _print_table(summary.run.rows)
     typer.secho(f"report: {summary.report}", bold=True)
+    if summary.statuses and not summary.statuses.get("ok"):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -126,41 +133,31 @@ def attack(
 ) -> None:
     """Attack one copied update offline. Needs neither Flower nor Ray, so it runs on any machine with torch."""
     from fedattack.config import toml_value
-    from fedattack.jobs import Job, load_outcome, reconstruction_path, run_job, save_knowledge
+    from fedattack.jobs import Job, outcome_path, reconstruction_path, run_job, save_knowledge
     from fedattack.planning import server_facts
     from fedattack.registry import parse_spec
-    from fedattack.store import load_reconstruction, load_update, save_png, write_tensors
+    from fedattack.store import load_reconstruction, load_update, save_png
 
     copied, saved = load_update(update)
-    context: dict[str, Any] = dict(saved)
-    for part, text in (("model", model), ("task", task)):
-        if text:
-            name, parameters = parse_spec(text)
-            context[part] = {"name": name, "options": parameters}
-    if image_shape:
-        context["image_shape"] = [int(side) for side in image_shape.split(",")]
-    if num_classes:
-        context["num_classes"] = num_classes
-    context.setdefault("task", {"name": "classification", "options": {}})
-    if missing := [key for key in ("model", "image_shape", "num_classes") if not context.get(key)]:
-        flags = ", ".join("--" + key.replace("_", "-") for key in missing)
-        raise FedattackError(f"the update does not say its {', '.join(missing)}: give {flags}")
+    context = _told_context(dict(saved), model, task, image_shape, num_classes)
     facts = server_facts(copied, context)
-    facts.setdefault("batch_size", 1)
-    for item in know or []:
-        key, _, value = item.partition("=")
-        facts[key.strip()] = toml_value(value.strip())
+    said = dict(item.partition("=")[::2] for item in know or [])
+    facts |= {key.strip(): toml_value(value.strip()) for key, value in said.items()}
+    if "batch_size" not in facts:
+        typer.echo("batch_size not given: assumed 1", err=True)
+        facts["batch_size"] = 1
+    if copied.num_examples not in (None, facts["batch_size"]):
+        typer.echo(
+            f"note: the client reported {copied.num_examples} examples, batch_size is {facts['batch_size']}", err=True
+        )
+    if copied.kind == "weights" and "local_steps" not in facts:
+        typer.echo("local_steps not given: assumed 1 (one SGD step on the whole batch)", err=True)
     knowledge = _knowledge(facts)
-    images = ""
-    if public:
-        from fedattack.data import load_dataset
-
-        images = str((out / "public.safetensors").resolve())
-        side = int(context["image_shape"][1])
-        options = {} if ":" not in public else {"image_size": side}
-        write_tensors(Path(images), {"images": load_dataset(public, **options).public.images(range(256))}, {})
     tensors = out / "knowledge.safetensors"
+    tensors.unlink(missing_ok=True)
     scalars = save_knowledge(tensors, knowledge)
+    images = _save_public(public, out, context["image_shape"]) if public else ""
+    results, failed = out / "results", 0
     for spec in attack:
         name, parameters = parse_spec(spec)
         job = Job(
@@ -176,19 +173,22 @@ def attack(
             timeout_seconds=timeout,
             device=device,
         )
-        results = out / "results"
-        if (done := load_outcome(results, job.job)) is not None and job.spec == name:
-            typer.echo(f"{job.job}: {done.status}, already done")
+        outcome_path(results, job.job).unlink(missing_ok=True)  # this command always runs what it is asked to
         outcome = _run_with_bar(run_job, job, results)
         if outcome.status != "ok":
             typer.secho(f"{spec}: {outcome.status}: {outcome.error}", fg=typer.colors.YELLOW, err=True)
+            failed += 1
             continue
         found = load_reconstruction(reconstruction_path(results, job.job))
         for number, image in enumerate(found.images):
             save_png(out / f"{job.job}-{number}.png", image)
-        typer.echo(f"{spec}: {len(found.images)} images in {found.seconds:.1f} s, loss {_last(found.losses)}, {out}")
+        typer.echo(f"{spec}: {len(found.images)} images in {found.seconds:.1f} s, loss {_last(found.losses)}, in {out}")
+        if found.diagnostics:
+            typer.echo("    " + ", ".join(f"{key} {value:.4g}" for key, value in found.diagnostics.items()))
         if truth is not None:
             _print_scores(found, truth)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -200,9 +200,9 @@ def report(
     markdown: Annotated[bool, typer.Option(help="Also print the table as Markdown.")] = False,
 ) -> None:
     """Score what a run has so far and write its report again."""
-    from fedattack.finishing import begin_run, finish_run
+    from fedattack.finishing import finish_run, reopen_run
     from fedattack.report import markdown_table, write_montage, write_table
-    from fedattack.store import RunFolder, read_json, read_rows
+    from fedattack.store import RunFolder, read_rows
 
     target = RunFolder(folder)
     if not target.config.exists():
@@ -210,9 +210,7 @@ def report(
             f"run folder must be one that `fedattack run` made (with a config.toml), got {str(folder)!r}"
         )
     experiment = _by_name("experiments.campaign").load_run(folder)
-    about = read_json(target.about) if target.about.exists() else {}
-    begun = begin_run(target, experiment, engine=about.get("engine", "?"), command=about.get("command", "?"))
-    page = finish_run(target, experiment, begun)
+    page = finish_run(target, experiment, reopen_run(target))
     rows = list(read_rows(target.rows))
     for path in (csv, parquet):
         if path is not None:
@@ -246,7 +244,7 @@ def list_plugins(kind: Annotated[Kind, typer.Argument(help="What to list.")]) ->
 def _say_round(settings: Any, number: int) -> None:
     if number:
         federation = settings.federation
-        typer.echo(f"  {settings.title} [{federation.defense}]: trained round {number} of {federation.rounds}")
+        typer.echo(f"  {settings.title} [{federation.defense}]: round {number} of {federation.rounds} over")
 
 
 def _by_name(module: str) -> Any:
@@ -256,19 +254,67 @@ def _by_name(module: str) -> Any:
     return import_module(module)
 
 
+def _told_context(context: dict[str, Any], model: str, task: str, image_shape: str, num_classes: int) -> dict[str, Any]:
+    """How to rebuild model and task: what the update's file says, what the command line says over it, and nothing missing."""
+    from fedattack.errors import must
+    from fedattack.registry import parse_spec
+
+    for part, text in (("model", model), ("task", task)):
+        if text:
+            name, parameters = parse_spec(text)
+            context[part] = {"name": name, "options": parameters}
+    if image_shape:
+        sides = image_shape.split(",")
+        if len(sides) != 3 or not all(side.strip().isdigit() for side in sides):
+            raise FedattackError(must("--image-shape", 'three whole numbers such as "3,32,32"', image_shape))
+        context["image_shape"] = [int(side) for side in sides]
+    if num_classes:
+        context["num_classes"] = num_classes
+    context.setdefault("task", {"name": "classification", "options": {}})
+    if missing := [key for key in ("model", "image_shape", "num_classes") if not context.get(key)]:
+        flags = ", ".join("--" + key.replace("_", "-") for key in missing)
+        raise FedattackError(f"the update does not say its {', '.join(missing)}: give {flags}")
+    return context
+
+
+def _save_public(public: str, out: Path, image_shape: list[int], most: int = 256) -> str:
+    """Public images of the victim's size in a file, as a job wants them."""
+    from fedattack.data import load_dataset
+    from fedattack.store import write_tensors
+
+    data = load_dataset(public, image_size=image_shape[1]).public
+    path = (out / "public.safetensors").resolve()
+    write_tensors(path, {"images": data.images(range(min(most, len(data))))}, {"type": "public-images"})
+    return str(path)
+
+
 def _knowledge(facts: dict[str, Any]) -> "Knowledge":
     import torch
 
-    from fedattack.errors import one_of
+    from fedattack.errors import must, one_of
     from fedattack.knowledge import FIELDS
     from fedattack.types import Knowledge
 
     for name in facts:
         if name not in FIELDS:
             raise FedattackError(one_of("knowledge field", FIELDS, name))
-    for name in ("labels", "timesteps"):
-        if name in facts:
-            facts[name] = torch.tensor(facts[name], dtype=torch.long).reshape(-1)
+    for name, value in facts.items():
+        if name in ("noise", "public_images"):
+            raise FedattackError(
+                f"{name} cannot be told on the command line" + (": use --public" if name != "noise" else "")
+            )
+        if name in ("labels", "timesteps"):
+            items = value if isinstance(value, list) else [value]
+            if not items or not all(isinstance(item, int) for item in items):
+                raise FedattackError(must(name, "whole numbers such as [3, 5]", value))
+            facts[name] = torch.tensor(items, dtype=torch.long)
+        elif name in ("learning_rate", "proximal_mu"):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise FedattackError(must(name, "a number", value))
+        elif name in ("batch_size", "num_classes", "local_steps", "local_batch_size") and (
+            isinstance(value, bool) or not isinstance(value, int) or value < 1
+        ):
+            raise FedattackError(must(name, "a whole number of at least 1", value))
     return Knowledge(**facts)
 
 

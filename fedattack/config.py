@@ -16,12 +16,13 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fedattack.errors import ConfigError, FedattackError, closest, one_of
+from fedattack.errors import ConfigError, FedattackError, UnknownName, closest, one_of
 from fedattack.knowledge import visible_fields
 from fedattack.registry import (
     ATTACKS,
@@ -221,8 +222,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Experiment:
 def parse_config(raw: Mapping[str, Any], *, file: str = "config", overrides: Sequence[str] = ()) -> Experiment:
     """The experiment behind a nested dict. Raises ConfigError listing every problem with its file and key."""
     problems: list[str] = []
-    base = json.loads(json.dumps(raw))
+    base = json.loads(json.dumps(raw, default=str))
     cases = base.pop("case", [{}]) or [{}]
+    if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
+        raise ConfigError(f"{file}: case must be written [[case]], one table a case, got {type(cases).__name__}")
     forced: Options = {}
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -246,7 +249,10 @@ def parse_config(raw: Mapping[str, Any], *, file: str = "config", overrides: Seq
                 settings = Settings.model_validate(cell)
             except ValidationError as error:
                 problems += _explain(error, Settings, source)
-                continue
+                try:  # what is left without the wrong keys may have problems of its own
+                    settings = Settings.model_validate(_without(cell, [item["loc"] for item in error.errors()]))
+                except ValidationError:
+                    continue
             settings = settings.model_copy(update={"title": _title(settings, axes)})
             problems += [problem for problem in check_settings(settings, source) if problem not in problems]
             cells.append(settings)
@@ -257,7 +263,7 @@ def parse_config(raw: Mapping[str, Any], *, file: str = "config", overrides: Seq
         experiment = Experiment()
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
-    return experiment.model_copy(update={"cells": tuple(cells)})
+    return experiment.model_copy(update={"cells": tuple(_told_apart(cells))})
 
 
 def check_settings(settings: Settings, source: _Source | None = None) -> list[str]:
@@ -281,7 +287,17 @@ def check_settings(settings: Settings, source: _Source | None = None) -> list[st
         name, path = name.split(":", 1)
         given = {"path": path, **given}
     check("data.dataset", DATASETS, name, given)
+    if (
+        name in ("npz", "images")
+        and isinstance(given.get("path"), str)
+        and not Path(given["path"]).expanduser().exists()
+    ):
+        problems.append(source.at(f"data.dataset: no such file or folder: {given['path']!r}"))
+    wrong = _partition_problems(settings.data)
+    problems.extend(source.at(f"data.partition: {problem}") for problem in wrong)
     check("model.name", MODELS, settings.model.name, settings.model.options, ("image_shape", "num_classes"))
+    if not problems:
+        problems.extend(source.at(f"model: {problem}") for problem in _model_problems(settings))
     if settings.task.name not in TASKS:
         problems.append(source.at("task.name: " + one_of("task", TASKS, settings.task.name)))
     else:
@@ -291,8 +307,12 @@ def check_settings(settings: Settings, source: _Source | None = None) -> list[st
     try:
         for defense, parameters in federation.defenses():
             check("federation.defense", DEFENSES, defense, parameters)
-    except FedattackError as error:
-        problems.append(source.at(f"federation.defense: {error}"))
+            if not problems:
+                DEFENSES.create(defense, **parameters)
+    except (FedattackError, TypeError) as error:
+        joined = ' (several are joined by " + ", with spaces)' if ")+" in federation.defense else ""
+        problems.append(source.at(f"federation.defense: {error}{joined}"))
+    problems.extend(source.at(f"federation.{problem}") for problem in _strategy_problems(federation))
     for number, mod in enumerate(federation.mods):
         key = f"federation.mods[{number}]"
         try:
@@ -326,11 +346,73 @@ def check_settings(settings: Settings, source: _Source | None = None) -> list[st
         key = f"attack[{number}]"
         check(key, ATTACKS, attack.name, attack.parameters)
         try:
-            tasks = ATTACKS.get(attack.name).tasks
-        except FedattackError:
+            found = ATTACKS.get(attack.name)
+            if lacking := [part for part in ("name", "needs", "tasks", "reconstruct") if not hasattr(found, part)]:
+                problems.append(source.at(f"{key}: {attack.name} is no attack, it lacks {', '.join(lacking)}"))
+                continue
+            if not parameter_problems(found, attack.parameters):
+                ATTACKS.create(attack.name, **attack.parameters)
+        except (FedattackError, TypeError) as error:
+            if not isinstance(error, UnknownName):
+                problems.append(source.at(f"{key}: {error}"))
             continue
-        if settings.task.name in TASKS and settings.task.name not in tasks:
-            problems.append(source.at(f"{key}: {attack.name} attacks {', '.join(sorted(tasks))} only"))
+        if settings.task.name in TASKS and settings.task.name not in found.tasks:
+            problems.append(source.at(f"{key}: {attack.name} attacks {', '.join(sorted(found.tasks))} only"))
+    return problems
+
+
+def _partition_problems(data: DataSettings) -> list[str]:
+    from fedattack.data.partition import SCHEMES
+
+    if data.partition not in SCHEMES:
+        return [one_of("partition scheme", SCHEMES, data.partition)]
+    given = {"data": None, "clients": 1, "seed": 0, **data.partition_options}
+    return parameter_problems(SCHEMES[data.partition], given)
+
+
+def _model_problems(settings: Settings) -> list[str]:
+    """A model of the house is built and called once, on an empty image of the configured size."""
+    if ":" in settings.model.name:
+        return []
+    size = settings.data.options.get("image_size", 32)
+    if not isinstance(size, int):
+        return []
+    options = json.dumps(settings.model.options, sort_keys=True)
+    problem = _try_model(settings.model.name, options, settings.task.name, size)
+    return [problem] if problem else []
+
+
+@lru_cache(maxsize=64)
+def _try_model(name: str, options: str, task: str, size: int) -> str:
+    import torch
+
+    from fedattack.models import build_model
+
+    try:
+        model = build_model(name, image_shape=(3, size, size), num_classes=10, seed=0, **json.loads(options)).eval()
+    except (FedattackError, TypeError, ValueError) as error:
+        return str(error)
+    image = torch.zeros(1, 3, size, size)
+    try:
+        with torch.no_grad():
+            output = model(image, torch.zeros(1)) if task == "diffusion" else model(image)
+    except TypeError:
+        return f"{name} is no model for task {task}"
+    fits = output.shape == image.shape if task == "diffusion" else output.ndim == 2
+    return "" if fits else f"{name} is no model for task {task}"
+
+
+def _strategy_problems(federation: FederationSettings) -> list[str]:
+    """Protocol, strategy and mods that contradict one another."""
+    problems, name = [], federation.strategy_name
+    if ":" not in name and (name == "fedsgd") != (federation.protocol == "fedsgd"):
+        sent = "gradients" if federation.protocol == "fedsgd" else "weights"
+        other = "fedavg" if federation.protocol == "fedsgd" else "fedsgd"
+        problems.append(f"strategy: {name} cannot average {sent}: set federation.protocol = {other!r}")
+    mods = {mod.split("(")[0].strip() for mod in federation.mods}
+    for strategy, mod in (("dp-client-fixed", "fixedclipping"), ("dp-client-adaptive", "adaptiveclipping")):
+        if (name == strategy) != (mod in mods):
+            problems.append(f"mods: strategy {strategy!r} and mod {mod!r} only make sense together")
     return problems
 
 
@@ -361,6 +443,36 @@ def _merge(below: Any, above: Any) -> Any:
     if isinstance(below, dict) and isinstance(above, dict):
         return {key: _merge(below.get(key), above[key]) if key in above else below[key] for key in (below | above)}
     return below if above is None else above
+
+
+def _without(cell: Options, locations: Sequence[tuple[int | str, ...]]) -> Options:
+    """The cell without the keys at these locations (a location that leads into a list takes the whole list away)."""
+    kept: Options = json.loads(json.dumps(cell))
+    for location in locations:
+        table: Any = kept
+        path = [part for part in location if isinstance(part, str)]
+        for part in path[:-1]:
+            table = table.get(part, {}) if isinstance(table, dict) else {}
+        if path and isinstance(table, dict):
+            table.pop(path[-1], None)
+    return kept
+
+
+def _told_apart(cells: Sequence[Settings]) -> Iterator[Settings]:
+    """Every cell once; cells of one title that differ in more than seed and defense get a number behind it."""
+    variants: dict[str, list[str]] = {}
+    seen: list[Settings] = []
+    for cell in cells:
+        if cell in seen:
+            continue
+        seen.append(cell)
+        federation = cell.federation.model_copy(update={"defense": "none"})
+        key = cell.model_copy(update={"seed": 0, "federation": federation}).model_dump_json()
+        known = variants.setdefault(cell.title, [])
+        if key not in known:
+            known.append(key)
+        number = known.index(key) + 1
+        yield cell if number == 1 else cell.model_copy(update={"title": f"{cell.title} ({number})"})
 
 
 def _put(table: Options, dotted: str, value: Any) -> None:
@@ -441,4 +553,4 @@ def _keys_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
             return []
         model = kind
     names = list(model.model_fields)
-    return [*names, *Experiment.model_fields, "case"] if model is Settings and not location else names
+    return [*names, *(n for n in Experiment.model_fields if n != "cells"), "case"] if model is Settings else names

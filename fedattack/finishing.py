@@ -20,7 +20,7 @@ class Begun:
     """What is known of a run before it starts; `finish_run` completes it."""
 
     about: dict[str, Any]
-    clock: float
+    clock: float | None
 
 
 def begin_run(run: RunFolder, experiment: Experiment, *, engine: str, command: str) -> Begun:
@@ -41,14 +41,20 @@ def begin_run(run: RunFolder, experiment: Experiment, *, engine: str, command: s
     return Begun(about, time.perf_counter())
 
 
+def reopen_run(run: RunFolder) -> Begun:
+    """For scoring a run again: what it says about itself stays, and no time is added."""
+    return Begun(read_json(run.about) if run.about.exists() else {}, None)
+
+
 def finish_run(run: RunFolder, experiment: Experiment, begun: Begun) -> Path:
     """Score, write rows and the report; gives the report's path. Wall time adds up over resumed runs."""
     from fedattack.report import build_report
     from fedattack.scoring import score_run
 
     score_run(run, experiment)
-    wall = begun.about["wall_seconds"] + time.perf_counter() - begun.clock
-    write_json(run.about, {**begun.about, "finished": _now(), "wall_seconds": round(wall, 1)})
+    if begun.clock is not None:
+        wall = begun.about["wall_seconds"] + time.perf_counter() - begun.clock
+        write_json(run.about, {**begun.about, "finished": _now(), "wall_seconds": round(wall, 1)})
     report: Path = build_report(run.path)
     return report
 

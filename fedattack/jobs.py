@@ -36,8 +36,8 @@ from fedattack.types import Attack, Knowledge, Progress, Reconstruction, Update,
 class Job:
     """An attack on the update at `update`. Paths are absolute; `knowledge` holds scalars, `tensors` a file with the rest.
 
-    `public_images` is a file of its own since many jobs share it. `context` overrides what the update's own file says about
-    model and task. `facts` are carried into the result row unread.
+    `public_images` is a file of its own since many jobs share it; the first `public_count` of it are known (0: all).
+    `context` overrides what the update's own file says about model and task. `facts` are carried into the result row unread.
     """
 
     job: str
@@ -47,6 +47,7 @@ class Job:
     knowledge: dict[str, Any] = field(default_factory=dict)
     tensors: str = ""
     public_images: str = ""
+    public_count: int = 0
     context: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     timeout_seconds: float = 3600.0
@@ -120,7 +121,7 @@ def load_knowledge(job: Job) -> Knowledge:
     if job.tensors:
         values |= read_tensors(Path(job.tensors))[0]
     if job.public_images:
-        values["public_images"] = read_tensors(Path(job.public_images))[0]["images"]
+        values["public_images"] = read_tensors(Path(job.public_images))[0]["images"][: job.public_count or None]
     return Knowledge(**values)
 
 

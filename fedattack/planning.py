@@ -6,6 +6,7 @@ Job ids are a function of what is attacked and how, so planning twice gives the 
 import hashlib
 import json
 from collections.abc import Iterator
+from inspect import getsourcefile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from fedattack.config import AttackSettings, Settings
 from fedattack.jobs import Job, save_knowledge
 from fedattack.knowledge import ORACLES, build_knowledge
-from fedattack.registry import DEFENSES
+from fedattack.registry import ATTACKS, DEFENSES
 from fedattack.store import FederationFolder, RunFolder, load_update, read_tensors, write_json, write_tensors
 from fedattack.types import Update
 
@@ -69,8 +70,10 @@ def prepare_federation(settings: Settings, folder: FederationFolder, public_imag
 def updates_of(folder: FederationFolder) -> list[Path]:
     """Copied updates in order of round, then client."""
     found = []
-    for path in folder.updates.glob("*.safetensors"):
+    for path in folder.updates.glob("*-round-*.safetensors"):
         head, _, server_round = path.stem.rpartition("-round-")
+        if not server_round.isdigit():
+            continue
         number = head.rpartition("-")[2]
         found.append((int(server_round), int(number) if number.isdigit() else 0, head, path))
     return [item[-1] for item in sorted(found)]
@@ -119,6 +122,7 @@ def plan_jobs(settings: Settings, run: RunFolder, update_path: Path, *, timeout_
             knowledge=scalars,
             tensors=str(tensors_path.resolve()) if tensors_path.exists() else "",
             public_images=str(folder.public_images.resolve()) if shows_public else "",
+            public_count=settings.threat.public_images,
             seed=settings.seed,
             timeout_seconds=timeout_seconds,
             facts={
@@ -135,27 +139,32 @@ def plan_jobs(settings: Settings, run: RunFolder, update_path: Path, *, timeout_
 
 def job_id(settings: Settings, update_path: Path, attack: AttackSettings) -> str:
     """A name that says what is attacked, with a digest of how."""
-    digest = _digest(
-        [attack.parameters, sorted(settings.threat.visible()), settings.threat.public_images, settings.title]
-    )
+    how = [attack.parameters, sorted(settings.threat.visible()), settings.threat.public_images, settings.title]
+    digest = _digest([*how, _own_source(attack.name)])
     return f"{settings.federation_id}--{update_path.stem}--{attack.name.replace(':', '.')}-{digest}"
 
 
 def row_facts(settings: Settings, update: Update) -> dict[str, Any]:
     """The fields of a result row that do not depend on the attack."""
-    federation = settings.federation
-    figures: dict[str, Any] = {}
-    for name, parameters in federation.defenses():
-        figures |= DEFENSES.create(name, **parameters).describe()
+    facts = cell_facts(settings)
     if update.kind == "gradient":
         total = sum(float(tensor.double().square().sum()) for tensor in update.received.values())
         count = sum(tensor.numel() for tensor in update.received.values())
-        figures["update_rms"] = (total / max(count, 1)) ** 0.5
+        facts["defense_facts"]["update_rms"] = (total / max(count, 1)) ** 0.5
+    return facts | {"client": update.client, "round": update.round}
+
+
+def cell_facts(settings: Settings) -> dict[str, Any]:
+    """The fields of a result row that a whole cell shares. A figure of a second defense of a chain gets a number."""
+    federation = settings.federation
+    figures: dict[str, Any] = {}
+    for name, parameters in federation.defenses():
+        for key, value in DEFENSES.create(name, **parameters).describe().items():
+            taken = sum(known == key or known.startswith(f"{key}_of_") for known in figures)
+            figures[f"{key}_of_{taken + 1}" if taken else key] = value
     return {
         "case": settings.title,
         "federation": settings.federation_id,
-        "client": update.client,
-        "round": update.round,
         "model": settings.model.name,
         "dataset": settings.data.dataset,
         "task": settings.task.name,
@@ -177,6 +186,14 @@ def jobs_of(settings: Settings, run: RunFolder) -> Iterator[tuple[Path, str]]:
     for path in updates_of(run.federation(settings.federation_id)):
         for attack in settings.attack:
             yield path, job_id(settings, path, attack)
+
+
+def _own_source(name: str) -> str:
+    """A digest of the source of an attack of one's own ("module:Class"), so that editing it makes new jobs."""
+    if ":" not in name:
+        return ""
+    source = getsourcefile(ATTACKS.get(name))
+    return hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ""
 
 
 def _digest(value: Any) -> str:

@@ -13,7 +13,7 @@ from fedattack.config import Experiment, Settings
 from fedattack.errors import FedattackError
 from fedattack.jobs import Job, load_outcome, reconstruction_path
 from fedattack.metrics import baselines, matched_images, score
-from fedattack.planning import jobs_of, read_truth, row_facts, updates_of
+from fedattack.planning import cell_facts, job_id, jobs_of, read_truth, row_facts, updates_of
 from fedattack.seeding import derive_generator
 from fedattack.store import (
     FederationFolder,
@@ -51,22 +51,35 @@ def score_run(
 
 def _cell_rows(run: RunFolder, settings: Settings, lpips: Sequence[str]) -> Iterator[Row]:
     folder = run.federation(settings.federation_id)
+    if not updates_of(folder):
+        nothing = "no update was copied" + (": see the incidents" if folder.incidents.exists() else " yet")
+        facts = cell_facts(settings) | {"kind": "attack", "status": "failed", "error": nothing, "oracles": []}
+        yield from (facts | {"attack": attack.name, "attack_spec": attack.spec} for attack in settings.attack)
     for update_path in updates_of(folder):
         truth = read_truth(folder, update_path)
         for path, job in jobs_of(settings, run):
             if path == update_path:
-                row = _attack_row(run, job, truth, lpips)
-                if row is not None:
-                    yield row
+                yield _attack_row(run, settings, job, update_path, truth, lpips)
         if truth is not None and folder.public_images.exists() and settings.attack:
             yield from _baseline_rows(run, settings, folder, update_path, truth, lpips)
 
 
-def _attack_row(run: RunFolder, job_name: str, truth: dict[str, Tensor] | None, lpips: Sequence[str]) -> Row | None:
-    """The row of a job, None while it has no outcome."""
+def _attack_row(
+    run: RunFolder,
+    settings: Settings,
+    job_name: str,
+    update_path: Path,
+    truth: dict[str, Tensor] | None,
+    lpips: Sequence[str],
+) -> Row:
+    """The row of a job; status "pending" while it has no outcome."""
     outcome = load_outcome(run.results, job_name)
     if outcome is None:
-        return None
+        attack = next(a for a in settings.attack if job_id(settings, update_path, a) == job_name)
+        client, _, number = update_path.stem.rpartition("-round-")
+        who = {"client": client, "round": int(number), "attack": attack.name, "attack_spec": attack.spec, "oracles": []}
+        pending = {"job": job_name, "kind": "attack", "status": "pending", "error": "not run yet: start the run again"}
+        return cell_facts(settings) | who | pending
     kept = run.scores / f"{job_name}.json"
     if (
         kept.exists()
@@ -94,7 +107,10 @@ def _attack_row(run: RunFolder, job_name: str, truth: dict[str, Tensor] | None, 
             "diagnostics": found.diagnostics,
         }
         row |= _scored(run, job_name, found, truth, lpips)
-    write_json(kept, finite(row))
+        if "labels" in row["oracles"]:
+            row |= {"label_accuracy": None, "missing": row["missing"] | {"label_accuracy": "the labels were given"}}
+    if not any(metric.startswith("lpips") for metric in row.get("missing", {})):  # a backbone may appear later
+        write_json(kept, finite(row))
     return row
 
 
@@ -107,7 +123,7 @@ def _baseline_rows(
     lpips: Sequence[str],
 ) -> Iterator[Row]:
     update, _ = load_update(update_path)
-    public = read_tensors(folder.public_images)[0]["images"]
+    public = read_tensors(folder.public_images)[0]["images"][: settings.threat.public_images or None]
     generator = derive_generator(settings.seed, "baseline", settings.federation_id, update_path.stem)
     for name, images in baselines(public.float(), truth["images"].float(), generator=generator).items():
         job = f"{settings.federation_id}--{update_path.stem}--{name}"
@@ -116,7 +132,8 @@ def _baseline_rows(
             scored = read_json(kept)
         else:
             scored = _scored(run, job, Reconstruction(images=images), truth, lpips) | {"lpips_nets": list(lpips)}
-            write_json(kept, finite(scored))
+            if not any(metric.startswith("lpips") for metric in scored.get("missing", {})):
+                write_json(kept, finite(scored))
         facts = row_facts(settings, update) | {"knowledge": [], "oracles": []}
         yield {**facts, "job": job, "kind": "baseline", "attack": name, "attack_spec": name, "status": "ok", **scored}
 
@@ -131,10 +148,13 @@ def _scored(
             "images": {"reconstruction": pictures},
         }
     images = truth["images"]
+    if len(found.images) != len(images):
+        counts = f"{len(found.images)} images for a batch of {len(images)}"
+        return {"status": "failed", "error": f"the attack returned {counts}: scores would flatter it", "missing": {}}
     try:
         scores = score(found, images, truth.get("labels"), lpips_nets=tuple(lpips))
     except FedattackError as error:
-        return {"status": "failed", "error": f"result cannot be scored: {error}"}
+        return {"status": "failed", "error": f"result cannot be scored: {error}", "missing": {}}
     shown = matched_images(found.images, scores.assignment)
     return scores.as_row() | {
         "images": {

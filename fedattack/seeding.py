@@ -22,6 +22,27 @@ def derive_generator(root: int, *names: object) -> torch.Generator:
 
 
 @contextmanager
+def seeded_global_generators(seed: int) -> Iterator[None]:
+    """Library code that draws from Python's, numpy's or torch's global generators draws from `seed` inside.
+
+    Their states are put back afterwards. Flower samples clients and adds differential-privacy noise that way.
+    """
+    import random
+
+    import numpy as np
+
+    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        random.setstate(random.Random(seed).getstate())
+        np.random.set_state(np.random.RandomState(seed % 2**32).get_state())  # noqa: NPY002
+        with seeded_default_generator(seed):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)  # noqa: NPY002
+
+
+@contextmanager
 def seeded_default_generator(seed: int) -> Iterator[None]:
     """Code that cannot take a generator (layer constructors) draws from `seed` inside; the global state is put back."""
     with torch.random.fork_rng(devices=[]):

@@ -226,6 +226,10 @@ def _local_sgd(
     gradient_at: Callable[[nn.Module, State, State, Task, Private], tuple[State, State]],
 ) -> tuple[State, State]:
     """The summed pseudo-gradient of the parameters, and the buffers as the last step left them."""
+    if missing := [name for name in parameter_names(model) if name not in sent]:
+        raise FedattackError(
+            f"the weights lack {', '.join(missing[:3])}: is {type(model).__name__} really their model?"
+        )
     trained = {name: sent[name] for name in parameter_names(model)}
     fixed = dict(model.named_parameters()) | dict(model.named_buffers()) | sent
     fixed = {name: tensor.detach() for name, tensor in fixed.items() if name not in trained}

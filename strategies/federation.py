@@ -13,6 +13,7 @@ from fedattack.config import Experiment, Settings
 from fedattack.jobs import outcome_path, torch_threads
 from fedattack.planning import job_id, plan_jobs, prepare_federation, update_context, updates_of
 from fedattack.registry import STRATEGIES
+from fedattack.seeding import derive_seed, seeded_global_generators
 from fedattack.store import FederationFolder, RunFolder, UpdateFolder, append_row, write_json, write_tensors
 from fedattack.types import State, Update
 from strategies.attack_pool import AttackPool
@@ -20,6 +21,9 @@ from strategies.honest_but_curious import HonestButCurious, Incident
 from strategies.inspection import to_state
 
 log = logging.getLogger("fedattack.server")
+
+PUBLIC_STORED = 1024
+"""Public images kept with a federation at least, so that a later cell may be given more than an earlier one."""
 
 OnRound = Callable[[Settings, int], None]
 Sink = Callable[[Update], None]
@@ -71,7 +75,7 @@ def _run_federation(
     _clear(folder)
     splits = load_splits(settings)
     shape, classes = splits.private.image_shape, splits.private.num_classes
-    public = max((cell.threat.public_images for cell in cells), default=0)
+    public = max(PUBLIC_STORED, *(cell.threat.public_images for cell in cells))
     prepare_federation(settings, folder, splits.public.images(range(min(public, len(splits.public)))))
     save = UpdateFolder(folder.updates, update_context(settings, shape, classes))
 
@@ -121,14 +125,17 @@ def _train(
         kind="gradient" if federation.protocol == "fedsgd" else "weights",
         on_incident=report,
     )
-    result = strategy.start(
-        grid,
-        ArrayRecord(dict(state)),
-        num_rounds=federation.rounds,
-        train_config=ConfigRecord(dict(config)),
-        evaluate_config=ConfigRecord({"fedattack": config["fedattack"]}),
-        evaluate_fn=measure,
-    )
+    with seeded_global_generators(
+        derive_seed(settings.seed, "server")
+    ):  # Flower samples clients and DP noise from them
+        result = strategy.start(
+            grid,
+            ArrayRecord(dict(state)),
+            num_rounds=federation.rounds,
+            train_config=ConfigRecord(dict(config)),
+            evaluate_config=ConfigRecord({"fedattack": config["fedattack"]}),
+            evaluate_fn=measure,
+        )
     losses = {number: float(record["train-loss"]) for number, record in result.train_metrics_clientapp.items()}
     return to_state(result.arrays) if len(result.arrays) else state, losses
 

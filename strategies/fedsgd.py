@@ -73,4 +73,4 @@ class FedSGD(FedAvg):
 
 def fedsgd(federation: FederationSettings, fraction_train: float = 1.0) -> FedSGD:
     """Gradients in, one server step of federation.learning_rate out."""
-    return FedSGD(federation.learning_rate, **common_options(federation) | {"fraction_train": fraction_train})
+    return FedSGD(federation.learning_rate, **common_options(federation, fraction_train))

@@ -14,12 +14,12 @@ from fedattack.config import FederationSettings
 from fedattack.registry import STRATEGIES
 
 
-def common_options(federation: FederationSettings) -> dict[str, Any]:
-    """All clients in every round; utility is measured by the server on its own test images."""
+def common_options(federation: FederationSettings, fraction_train: float = 1.0) -> dict[str, Any]:
+    """A fraction of the clients in every round, all by default; utility is measured by the server on its own images."""
     return {
-        "fraction_train": 1.0,
+        "fraction_train": fraction_train,
         "fraction_evaluate": 0.0,
-        "min_train_nodes": federation.clients,
+        "min_train_nodes": max(1, int(fraction_train * federation.clients)),
         "min_available_nodes": federation.clients,
         "min_evaluate_nodes": 0,
     }
@@ -27,9 +27,15 @@ def common_options(federation: FederationSettings) -> dict[str, Any]:
 
 def _plain(kind: type[Strategy], **presets: Any) -> Callable[..., Strategy]:
     def build(federation: FederationSettings, **options: Any) -> Strategy:
-        return kind(**common_options(federation) | presets | options)
+        return kind(**common_options(federation, float(options.get("fraction_train", 1.0))) | presets | options)
 
     return _documented(build, kind, set())
+
+
+def qfedavg(federation: FederationSettings, **options: Any) -> Strategy:
+    """Set up below; the clients' learning rate is the federation's unless another one is given."""
+    presets = {"train_loss_key": "train-loss", "client_learning_rate": federation.learning_rate}
+    return flower.QFedAvg(**common_options(federation, float(options.get("fraction_train", 1.0))) | presets | options)
 
 
 def _private(kind: type[Strategy]) -> Callable[..., Strategy]:
@@ -62,7 +68,12 @@ fedavgm = _plain(flower.FedAvgM)
 fedadam = _plain(flower.FedAdam)
 fedyogi = _plain(flower.FedYogi)
 fedprox = _plain(flower.FedProx)
-qfedavg = _plain(flower.QFedAvg, train_loss_key="train-loss")
+qfedavg = _documented(
+    qfedavg,
+    flower.QFedAvg,
+    {"client_learning_rate"},
+    Parameter("client_learning_rate", Parameter.KEYWORD_ONLY, default=None),
+)
 fedmedian = _plain(flower.FedMedian)
 fedtrimmedavg = _plain(flower.FedTrimmedAvg)
 krum = _plain(flower.Krum)

@@ -8,6 +8,7 @@ server-side differential privacy replaces them), never touches a global random g
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import Result, Strategy
 
 from fedattack.errors import FedattackError, MalformedUpdate, must
 from fedattack.store import UpdateFolder
@@ -25,6 +26,8 @@ from strategies.inspection import inspect, to_state
 log = logging.getLogger("fedattack.server")
 
 Sink = Callable[[Update], Any]
+
+_WRAPPED = ("configure_train", "aggregate_train", "aggregate_evaluate")
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,26 @@ class HonestButCurious(Strategy):
         self.kind: UpdateKind = kind or update_kind(strategy)
         self.on_incident = on_incident
         self._sent: dict[int, ArrayRecord] = {}
+        # the strategy's own methods, before `start` may put ours in their place
+        self._own = {name: getattr(strategy, name) for name in _WRAPPED}
 
     # ------------------------------------------------------------------ training
+    def start(self, *args: Any, **kwargs: Any) -> Result:
+        """The strategy's own `start` where it has one of its own, with our methods around its methods; else Flower's."""
+        if type(self.strategy).start is Strategy.start:
+            return super().start(*args, **kwargs)
+        for name in _WRAPPED:
+            setattr(self.strategy, name, getattr(self, name))
+        try:
+            return self.strategy.start(*args, **kwargs)
+        finally:
+            for name in _WRAPPED:
+                delattr(self.strategy, name)
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
+        messages = list(self._own["configure_train"](server_round, arrays, config, grid))
         snapshots: dict[int, ArrayRecord] = {}
         for message in messages:
             record = next(iter(message.content.array_records.values()), arrays)
@@ -85,7 +102,10 @@ class HonestButCurious(Strategy):
         ordered = sorted(replies, key=_order)
         malformed = self._copy_all(server_round, ordered)
         try:
-            return self.strategy.aggregate_train(server_round, ordered)
+            aggregated: tuple[ArrayRecord | None, MetricRecord | None] = self._own["aggregate_train"](
+                server_round, ordered
+            )
+            return aggregated
         except Exception as error:
             if not malformed:
                 raise
@@ -99,7 +119,16 @@ class HonestButCurious(Strategy):
         return self.strategy.configure_evaluate(server_round, arrays, config, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        return self.strategy.aggregate_evaluate(server_round, replies)
+        """The strategy's, guarded like aggregate_train: metrics that do not fit one another cost this round's figures."""
+        replies = list(replies)
+        try:
+            figures: MetricRecord | None = self._own["aggregate_evaluate"](server_round, replies)
+            return figures
+        except Exception as error:
+            if not _odd_ones(replies):
+                raise
+            self._report(server_round, "server", [f"evaluation not aggregated: {type(error).__name__}: {error}"])
+            return None
 
     def summary(self) -> None:
         log.info("honest-but-curious copy of every update, around %s", type(self.strategy).__name__)
@@ -114,7 +143,7 @@ class HonestButCurious(Strategy):
     def _copy_all(self, server_round: int, replies: list[Message]) -> bool:
         """Copy what is to be copied; True if any reply was malformed. Never raises."""
         malformed = False
-        expected = self._expected(replies)
+        expected, odd = self._expected(replies), _odd_ones(replies)
         seen: dict[str, int] = {}
         for reply in replies:
             client = client_of(reply)
@@ -124,8 +153,12 @@ class HonestButCurious(Strategy):
             try:
                 if reply.has_error():
                     self._report(server_round, client, [f"client failed: {reply.error.reason}"[:500]])
-                elif self._wanted(server_round, reply):
-                    self.sink(self._update(server_round, client, reply, expected))
+                    continue
+                update = self._update(server_round, client, reply, expected)
+                if reply.metadata.src_node_id in odd:
+                    raise MalformedUpdate("metrics must be named and shaped like those of the other clients")
+                if self._wanted(server_round, reply):
+                    self.sink(update)
             except MalformedUpdate as problem:
                 malformed = True
                 self._report(server_round, client, str(problem).split("\n"))
@@ -245,6 +278,23 @@ def client_of(reply: Message) -> str:
     """ "client-3" by partition id; "node-…" where a client does not report one."""
     partition = partition_of(reply)
     return f"node-{reply.metadata.src_node_id}" if partition is None else f"client-{partition}"
+
+
+def _odd_ones(replies: list[Message]) -> set[int]:
+    """Nodes whose metrics differ in names or shapes from those of most others; strategies cannot average such rounds."""
+    shapes = {
+        reply.metadata.src_node_id: str(
+            sorted(
+                (name, key, len(value) if isinstance(value, list) else 0)
+                for name, record in reply.content.metric_records.items()
+                for key, value in record.items()
+            )
+        )
+        for reply in replies
+        if not reply.has_error()
+    }
+    usual = Counter(shapes.values()).most_common(1)
+    return {node for node, shape in shapes.items() if shape != usual[0][0]}
 
 
 def _order(reply: Message) -> tuple[bool, int, int]:

@@ -38,7 +38,7 @@ class InProcessGrid(Grid):
             FIRST_NODE_ID + i: Context(
                 run_id=1,
                 node_id=FIRST_NODE_ID + i,
-                node_config={"partition-id": i, "num-partitions": num_nodes, **(node_config or {})},
+                node_config={"partition-id": i, "num-partitions": num_nodes, "witness": True, **(node_config or {})},
                 state=RecordDict(),
                 run_config={},
             )

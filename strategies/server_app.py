@@ -44,9 +44,14 @@ def serve(
     on_status: OnStatus | None = None,
 ) -> None:
     """Train, copy, attack; every job has an outcome when this returns (Flower shuts Ray down right afterwards)."""
-    with AttackPool(run, experiment.pool, wait_for_ray=type(grid).__name__ == "InMemoryGrid") as pool:
+    with AttackPool(run, experiment.pool, wait_for_ray=_simulated(grid)) as pool:
         run_federations(grid, experiment, run, pool, witness=witness, on_round=on_round)
         pool.drain(on_status=on_status)
+
+
+def _simulated(grid: Grid) -> bool:
+    """Whether this is Flower's simulation, where clients share this disk and Ray is starting in another thread."""
+    return type(grid).__name__ == "InMemoryGrid"
 
 
 def read_run_config(run_config: Mapping[str, Any]) -> tuple[Experiment, RunFolder]:
@@ -76,5 +81,5 @@ def main(grid: Grid, context: Context) -> None:
 
     experiment, run = read_run_config(context.run_config)
     begun = begin_run(run, experiment, engine="flwr run", command="flwr run .")
-    serve(grid, experiment, run)
+    serve(grid, experiment, run, witness=_simulated(grid))
     finish_run(run, experiment, begun)

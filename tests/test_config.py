@@ -53,7 +53,7 @@ def test_cases_are_laid_over_the_rest() -> None:
 
 
 def test_overrides_win_over_cases() -> None:
-    raw = BASE | {"case": [{"federation": {"rounds": 1}}, {"federation": {"rounds": 2}}]}
+    raw = BASE | {"case": [{"title": "a", "federation": {"rounds": 1}}, {"title": "b", "federation": {"rounds": 2}}]}
     cells = parse_config(
         raw, overrides=["federation.rounds=9", "seed=[4, 5]", "data.dataset=patches", "pool.workers=3"]
     )

@@ -1,5 +1,6 @@
 """Labelled images in memory, and the three disjoint parts a campaign needs."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,6 +51,10 @@ class ImageData:
         """(B,C,H,W) in [0, 1]: all of them, or those at `indices`."""
         chosen = self.pixels if indices is None else self.pixels[torch.as_tensor(indices, dtype=torch.int64)]
         return chosen.to(dtype) / 255
+
+    def digest(self) -> str:
+        """SHA-256 of the pixels: a number that only one who has the images can compute."""
+        return hashlib.sha256(self.pixels.contiguous().numpy().tobytes()).hexdigest()
 
     def subset(self, indices: Indices) -> "ImageData":
         """The images at `indices`, in that order."""

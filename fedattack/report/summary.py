@@ -36,7 +36,10 @@ PSNR_CAP_DB = 200.0
 VERDICTS = ("exact", "recognisable", "partly recovered", "hidden", "undecided")
 """Per image, strongest first. hidden: no better than the best baseline; undecided: weak, and there is no baseline."""
 
-VARIANT_FIELDS = ("threat_model", "precision", "model", "dataset", "task", "protocol", "strategy")
+VARIANT_FIELDS = (
+    "threat_model", "oracles", "precision", "model", "dataset", "task", "protocol", "strategy", "mods", "batch_size",
+    "local_steps",
+)  # fmt: skip
 """Fields that split a line of the table in two where they differ inside one case."""
 
 BASELINES = ("mean-image", "nearest-public", "noise")
@@ -106,9 +109,13 @@ def target_of(row: Row) -> tuple[str, str, str]:
 
 
 def defense_label(spec: str) -> str:
-    """A defense as a reader says it: "gaussian-noise(sigma=0.01)" is "gaussian-noise σ=0.01"."""
+    """A defense as a reader says it: "gaussian-noise(sigma=0.01)" is "gaussian-noise σ=0.01"; chains keep their " + "."""
     if spec in ("", "none"):
         return "no defense"
+    return " + ".join(_one_defense(part) for part in spec.split(" + "))
+
+
+def _one_defense(spec: str) -> str:
     match = re.fullmatch(r"([^()]+)\((.*)\)", spec, re.DOTALL)
     label = f"{match[1]} {match[2]}".strip() if match else spec
     return re.sub(r"\bsigma=", "σ=", label).replace("epsilon=", "ε=")

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord
+from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
 
-from clients.client_app import make_client_app
+from clients.client_app import client_seed, make_client_app, truth_folder
 from clients.training import choose_examples, client_name, defend, train_locally
 from fedattack.cells import build_victim, client_shares, initial_state, load_splits
 from fedattack.config import Settings
@@ -191,8 +191,9 @@ def test_flowers_own_mods_work_unchanged() -> None:
 
 def test_fedprox_clients_add_the_proximal_term() -> None:
     base = {"clients": 2, "rounds": 1, "protocol": "fedavg", "strategy": "fedprox", "batch_size": 1, "local_steps": 3}
+    base |= {"learning_rate": 0.01}
     free, _ = train_round(cell(federation=base | {"strategy_options": {"proximal_mu": 0.0}}))
-    held, _ = train_round(cell(federation=base | {"strategy_options": {"proximal_mu": 5.0}}))
+    held, _ = train_round(cell(federation=base | {"strategy_options": {"proximal_mu": 50.0}}))
     assert _change_norm(held[0]) < 0.95 * _change_norm(free[0])
 
 
@@ -204,19 +205,59 @@ def test_a_node_brings_its_own_data_and_seed(tmp_path) -> None:
     np.savez(own, x=pixels, y=np.arange(40) % 8)
     settings = cell(federation={"clients": 1, "rounds": 1, "batch_size": 3})
     config = {"fedattack": settings.model_dump_json(), "truth": str(tmp_path / "truth")}
-    truths = []
+    updates = []
     for seed in (1, 2):
         grid = InProcessGrid(make_client_app(), 1, node_config={"dataset": f"npz:{own}", "private-seed": seed})
         splits = load_splits(settings)
         arrays = ArrayRecord(initial_state(build_victim(settings, splits.private.image_shape, 8)))
+        strategy = HonestButCurious(STRATEGIES.create("fedsgd", federation=settings.federation), updates.append)
         with quiet_flower():
-            strategy = STRATEGIES.create("fedsgd", federation=settings.federation)
             strategy.start(grid, arrays, num_rounds=1, train_config=ConfigRecord(config))
-        truths.append(read_tensors(tmp_path / "truth" / "client-0-round-1.safetensors")[0]["images"])
-    wanted = {image.tobytes() for image in pixels.transpose(0, 3, 1, 2)}
-    for images in truths:
-        assert all((image * 255).round().to(torch.uint8).numpy().tobytes() in wanted for image in images)
-    assert not torch.equal(*truths)
+    assert not torch.equal(updates[0].received["linear0.weight"], updates[1].received["linear0.weight"])
+    assert not (tmp_path / "truth").exists(), "nobody may have a node write down its own images"
+
+
+def test_a_witness_stands_in_simulations_only(tmp_path) -> None:
+    """What a server asks for is not enough: the node must be a simulated one, with no data and no seed of its own."""
+
+    def context(**node_config):
+        return Context(
+            run_id=1, node_id=1, node_config={"partition-id": 0, **node_config}, state=RecordDict(), run_config={}
+        )
+
+    wanted = str(tmp_path / "truth")
+    assert truth_folder(context(witness=True), wanted) == tmp_path / "truth"
+    assert truth_folder(context(witness=True), "") is None
+    assert truth_folder(context(), wanted) is None, "a deployment"
+    assert truth_folder(context(witness=True, dataset="images:/data"), wanted) is None
+    assert truth_folder(context(witness=True, **{"private-seed": 3}), wanted) is None
+
+
+def test_a_clients_draws_cannot_be_repeated_without_its_images() -> None:
+    settings = cell(federation={"clients": 2})
+    splits, shares = load_splits(settings).private, client_shares(settings)
+    context = Context(run_id=1, node_id=1, node_config={"partition-id": 0}, state=RecordDict(), run_config={})
+    seeds = [client_seed(context, settings, splits.subset(share)) for share in shares]
+    assert seeds[0] != seeds[1]
+    assert seeds[0] == client_seed(context, settings, splits.subset(shares[0]))
+    other = splits.subset(shares[0])
+    other.pixels[0, 0, 0, 0] += 1
+    assert client_seed(context, settings, other) != seeds[0]
+
+
+def test_two_equal_defenses_draw_different_noise() -> None:
+    settings = cell(federation={"defense": "gaussian-noise(sigma=0.1) + gaussian-noise(sigma=0.1)"})
+    noise = defend({"w": torch.zeros(100_000)}, {}, settings, client="c", server_round=1, seed=0)["w"]
+    assert float(noise.std()) == pytest.approx(0.1 * 2**0.5, rel=0.02)
+
+
+def test_defenses_leave_running_statistics_alone() -> None:
+    settings = cell(federation={"protocol": "fedavg", "defense": "gaussian-noise(sigma=1.0)"})
+    update = {"bn.weight": torch.zeros(5), "bn.running_mean": torch.zeros(5), "bn.running_var": torch.ones(5)}
+    sent = {name: tensor.clone() for name, tensor in update.items()}
+    defended = defend(update, sent, settings, client="c", server_round=1, seed=0)
+    assert torch.equal(defended["bn.running_var"], update["bn.running_var"])
+    assert not torch.equal(defended["bn.weight"], update["bn.weight"])
 
 
 def test_without_a_witness_folder_nothing_is_written(tmp_path, monkeypatch) -> None:

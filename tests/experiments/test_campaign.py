@@ -8,7 +8,10 @@ import torch
 
 from experiments.campaign import load_run, run_campaign
 from fedattack.config import Experiment, parse_config
+from fedattack.jobs import Job, load_knowledge, outcome_path
 from fedattack.planning import jobs_of
+from fedattack.registry import STRATEGIES
+from fedattack.scoring import score_run
 from fedattack.store import RunFolder, load_update, read_rows, save_update
 
 QUICK = {
@@ -129,19 +132,103 @@ def test_a_new_attack_reuses_the_federation_and_leaves_other_cells_alone(tmp_pat
     assert [r for r in attacks(after.run) if r["attack"] == "linear-leak"] == old
 
 
-def test_failures_stay_as_rows_with_their_reason_and_are_retried_on_request(tmp_path, one_thread) -> None:
-    config = experiment(
-        model={"name": "lenet"},
-        attack=[
-            "linear-leak",
-            {"name": "inverting-gradients", "iterations": 3, "start": "grey", "distance": "cosinus"},
-        ],
-    )
+PLUGINS = """
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from attacks.inverting_gradients import InvertingGradients
+
+
+@dataclass(frozen=True)
+class Breaks(InvertingGradients):
+    '''An attack of a user's own with a bug in it.'''
+
+    name: ClassVar[str] = "breaks"
+
+    def reconstruct(self, update, model, task, knowledge, *, generator, progress=None):
+        return {}["no such key"]
+
+
+@dataclass(frozen=True)
+class TooMany(InvertingGradients):
+    '''Gives several guesses for one image, of which a kind scorer would take the best.'''
+
+    name: ClassVar[str] = "too-many"
+    iterations: int = 2
+
+    def reconstruct(self, update, model, task, knowledge, *, generator, progress=None):
+        found = super().reconstruct(update, model, task, knowledge, generator=generator)
+        return replace(found, images=found.images.repeat(3, 1, 1, 1))
+"""
+
+
+def test_an_attack_that_gives_more_images_than_the_batch_is_not_scored(tmp_path, one_thread, monkeypatch) -> None:
+    (tmp_path / "many_plugins.py").write_text(PLUGINS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = experiment(model={"name": "lenet"}, attack=["many_plugins:TooMany"])
+    rows = attacks(run_campaign(config, tmp_path / "run").run)
+    assert {row["status"] for row in rows} == {"failed"}
+    assert "3 images for a batch of 1" in rows[0]["error"]
+    assert "psnr_db" not in rows[0]
+
+
+def test_editing_an_attack_of_ones_own_runs_it_again(tmp_path, one_thread, monkeypatch) -> None:
+    plugin = tmp_path / "edited_plugins.py"
+    plugin.write_text(PLUGINS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = experiment(model={"name": "lenet"}, attack=["edited_plugins:Breaks"])
+    first = {row["job"] for row in attacks(run_campaign(config, tmp_path / "run").run)}
+    plugin.write_text(PLUGINS + "# mended")
+    second = {row["job"] for row in attacks(run_campaign(config, tmp_path / "run").run)}
+    assert not first & second
+
+
+@pytest.mark.parametrize("strategy", sorted(set(STRATEGIES.names()) - {"fedsgd"}))
+def test_every_named_strategy_runs_and_is_reproducible(strategy: str, tmp_path, one_thread) -> None:
+    needed = {"noise_multiplier": 0.1, "clipping_norm": 1.0}
+    options = {key: value for key, value in needed.items() if STRATEGIES.parameters(strategy).get(key) is ...}
+    mods = {"dp-client-fixed": ["fixedclipping"], "dp-client-adaptive": ["adaptiveclipping"]}.get(strategy, [])
+    federation = {"clients": 4, "rounds": 2, "protocol": "fedavg", "strategy": strategy, "strategy_options": options}
+    config = experiment(federation=federation | {"mods": mods})
+    runs = [run_campaign(config, tmp_path / name).run for name in ("a", "b")]
+    found = [[(row["client"], row["round"], row["psnr_db"]) for row in attacks(run)] for run in runs]
+    assert len(found[0]) == 8
+    assert found[0] == found[1], "Flower's own noise and sampling must follow the run's seed"
+
+
+def test_public_images_are_as_many_as_the_row_says(tmp_path, one_thread) -> None:
+    config = experiment(threat={"public_images": [5, 50]}, federation={"clients": 1, "rounds": 1})
+    run = run_campaign(config, tmp_path / "run").run
+    jobs = [Job.load(run.jobs / f"{row['job']}.json") for row in attacks(run)]
+    assert [len(load_knowledge(job).public_images) for job in jobs] == [5, 50]
+
+
+def test_what_has_not_run_is_in_the_report(tmp_path, one_thread) -> None:
+    run = run_campaign(experiment(), tmp_path / "run").run
+    gone = attacks(run)[1]["job"]
+    outcome_path(run.results, gone).unlink()
+    rows = score_run(run, experiment())
+    (row,) = [row for row in rows if row.get("job") == gone]
+    assert row["status"] == "pending"
+    assert sum(r["status"] == "ok" and r["kind"] == "attack" for r in rows) == 3
+
+
+def test_a_federation_whose_clients_all_fail_says_so(tmp_path, one_thread) -> None:
+    summary = run_campaign(experiment(federation={"clients": 9999, "rounds": 1}), tmp_path / "run")
+    assert summary.statuses == {"failed": 1}
+    assert "no update was copied" in attacks(summary.run)[0]["error"]
+    assert "no update was copied" in summary.report.read_text()
+
+
+def test_failures_stay_as_rows_with_their_reason_and_are_retried_on_request(tmp_path, one_thread, monkeypatch) -> None:
+    (tmp_path / "broken_plugins.py").write_text(PLUGINS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = experiment(model={"name": "lenet"}, attack=["linear-leak", "broken_plugins:Breaks"])
     summary = run_campaign(config, tmp_path / "run")
     assert summary.statuses == {"not-applicable": 4, "failed": 4}
     reasons = {r["status"]: r["error"] for r in attacks(summary.run)}
     assert "no dense layer with a bias sees the image" in reasons["not-applicable"]
-    assert "did you mean 'cosine'" in reasons["failed"]
+    assert "KeyError: 'no such key'" in reasons["failed"]
     page = summary.report.read_text()
     assert "no dense layer with a bias sees the image" in page
     first = {r["job"]: r["finished"] for r in attacks(summary.run)}

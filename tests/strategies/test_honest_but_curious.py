@@ -309,3 +309,68 @@ def test_an_error_of_the_strategy_itself_is_not_swallowed() -> None:
         HonestButCurious(Buggy(**ALL), lambda u: None).start(
             InProcessGrid(toy_client(), CLIENTS), toy_weights(), num_rounds=1
         )
+
+
+@pytest.mark.parametrize("selection", [{}, {"rounds": [1]}, {"clients": [0]}])
+@pytest.mark.parametrize("attack", ["missing tensor", "wrong shape", "more metrics", "metrics of another shape"])
+def test_clients_that_are_not_copied_cannot_take_the_server_down_either(attack: str, selection) -> None:
+    def more_metrics(content: RecordDict) -> RecordDict:
+        content["metrics"]["surprise"] = 1.0
+        return content
+
+    def longer(content: RecordDict) -> RecordDict:
+        content["metrics"]["train-loss"] = [1.0, 2.0]
+        return content
+
+    wreck = {"more metrics": more_metrics, "metrics of another shape": longer} | HOSTILE
+
+    def spoil(partition: int, content: RecordDict) -> RecordDict:
+        return wreck[attack](content) if partition == 1 else content
+
+    rounds: list[int] = []
+    strategy = HonestButCurious(flower.FedAvg(**ALL), lambda u: None, **selection)
+    grid = InProcessGrid(toy_client(spoil=spoil), CLIENTS)
+    strategy.start(grid, toy_weights(), num_rounds=2, evaluate_fn=lambda number, arrays: rounds.append(number))
+    assert rounds == [0, 1, 2]
+
+
+def test_a_bad_evaluation_reply_costs_the_figures_only() -> None:
+    app = toy_client()
+
+    @app.evaluate()
+    def evaluate(message: Message, context) -> Message:
+        metrics = {"num-examples": 1, "loss": 1.0}
+        if context.node_config["partition-id"] == 2:
+            metrics = {"num-examples": 1, "los": 1.0}
+        return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+
+    incidents: list[Incident] = []
+    inner = flower.FedAvg(**{**ALL, "fraction_evaluate": 1.0})
+    strategy = HonestButCurious(inner, lambda u: None, on_incident=incidents.append)
+    result = strategy.start(InProcessGrid(app, CLIENTS), toy_weights(), num_rounds=2)
+    assert len(result.train_metrics_clientapp) == 2
+    assert not result.evaluate_metrics_clientapp
+    assert [i.client for i in incidents] == ["server", "server"]
+
+
+def test_a_strategys_own_start_is_run() -> None:
+    """Early stopping, saving the best model and the like live in `start`; its super() must still work."""
+
+    class Mine(flower.FedAvg):
+        started = 0
+
+        def start(self, *args, **kwargs):
+            self.started += 1
+            return super().start(*args, **kwargs)
+
+    plain, _, _ = run(STRATEGIES["FedAvg"][0], (), wrap=False)
+    random.seed(7)
+    seen: list[Update] = []
+    mine = Mine(**ALL)
+    result = HonestButCurious(mine, seen.append).start(
+        InProcessGrid(toy_client(), CLIENTS), toy_weights(), num_rounds=3
+    )
+    assert mine.started == 1
+    assert len(seen) == 12
+    assert digest(result.arrays) == plain
+    assert "aggregate_train" not in vars(mine), "the strategy is left as it was"
