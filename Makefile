@@ -41,6 +41,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 benchmark: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable ".[dev,benchmark]"
 	$(BIN)/python -m experiments.benchmark
 
 clean:

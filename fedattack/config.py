@@ -512,8 +512,11 @@ def _multiply(raw: Options) -> Iterator[tuple[list[tuple[str, Any]], Options]]:
 
 
 def _title(settings: Settings, axes: list[tuple[str, Any]]) -> str:
-    """The case's title, or model and task where it has none, with the axis values that are not a defense."""
-    values = [f"{key.split('.')[-1]}={value}" for key, value in axes if key not in ("federation.defense", "model.name")]
+    """The case's title, or model and task where it has none, with its axis values. Seeds and defenses are no cases of
+    their own: the report pools the one and sets the other side by side.
+    """
+    pooled = ("federation.defense", "seed", "model.name")
+    values = [f"{key.split('.')[-1]}={value}" for key, value in axes if key not in pooled]
     models = [settings.model.name] if settings.title and any(key == "model.name" for key, _ in axes) else []
     return " · ".join([settings.title or f"{settings.model.name} ({settings.task.name})", *models, *values])
 

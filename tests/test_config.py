@@ -35,7 +35,9 @@ def test_lists_multiply_and_collections_do_not() -> None:
     }
     assert all(c.capture.rounds == (1, 2) for c in cells)
     assert len({c.federation_id for c in cells}) == 12
-    assert len({c.title for c in cells}) == 6, "a defense is a column of the table, not a case of its own"
+    assert len({c.title for c in cells}) == 3, (
+        "seeds are pooled, defenses set side by side: neither is a case of its own"
+    )
 
 
 def test_cases_are_laid_over_the_rest() -> None:
@@ -113,6 +115,28 @@ def test_every_problem_is_named_with_file_and_key_and_closest_name() -> None:
         ({"task": {"name": "difusion"}}, "did you mean 'diffusion'"),
         ({"task": {"name": "diffusion"}, "attack": ["linear-leak"]}, "attacks classification only"),
         ({"federation": {"batch_size": 4, "examples": 2}}, "at most the images used in a round"),
+        (
+            {"federation": {"strategy": "fedadam"}},
+            "fedadam cannot average gradients: set federation.protocol = 'fedavg'",
+        ),
+        ({"federation": {"protocol": "fedavg", "strategy": "fedsgd"}}, "fedsgd cannot average weights"),
+        (
+            {"federation": {"protocol": "fedavg", "mods": ["fixedclipping"]}},
+            "strategy 'dp-client-fixed' and mod 'fixedclipping' only make sense together",
+        ),
+        ({"federation": {"defense": "gaussian-noise(sigma=-1)"}}, "sigma must be at least 0"),
+        ({"federation": {"defense": "gaussian-noise(sigma=1)+norm-clipping(max_norm=1)"}}, 'joined by " + "'),
+        ({"data": {"partition": "iidd"}}, "did you mean 'iid'"),
+        ({"data": {"partition": "dirichlet", "partition_options": {"alfa": 1}}}, "did you mean 'alpha'"),
+        ({"data": {"dataset": "npz:/no/such/file.npz"}}, "no such file or folder"),
+        ({"model": {"name": "resnet18", "options": {"norm": "bach"}}}, "did you mean 'batch'"),
+        ({"model": {"name": "unet"}}, "unet is no model for task classification"),
+        ({"task": {"name": "diffusion"}, "attack": ["dlg"]}, "mlp is no model for task diffusion"),
+        ({"attack": [{"name": "dlg", "distance": "l3"}]}, "distance must be one of"),
+        ({"attack": [{"name": "dlg", "start": "gray"}]}, "did you mean 'grey'"),
+        ({"attack": [{"name": "dlg", "iterations": [1, 2]}]}, "iterations must be a whole number"),
+        ({"attack": ["fedattack.types:Defense"]}, "is no attack, it lacks"),
+        ({"case": {"title": "x"}}, "case must be written [[case]]"),
         ({"engine": "simulator"}, "engine"),
         ({"precision": "float16"}, "precision"),
         ({"cells": []}, "cells: unknown key"),
@@ -153,6 +177,26 @@ def test_files_that_are_none(tmp_path) -> None:
     (tmp_path / "bad.toml").write_text("a = = 1")
     with pytest.raises(ConfigError, match=r"bad\.toml"):
         load_config(tmp_path / "bad.toml")
+
+
+def test_wrong_keys_do_not_hide_wrong_values() -> None:
+    found = "\n".join(problems(BASE | {"federation": {"lerning_rate": 1}, "attack": ["dgl"]}))
+    assert "did you mean 'learning_rate'" in found
+    assert "did you mean 'dlg'" in found
+
+
+def test_cells_are_told_apart() -> None:
+    """Identical cells run once; cells of one title that differ in more than seed and defense are numbered."""
+    same = parse_config(BASE | {"case": [{}, {}]})
+    assert len(same.cells) == 1
+    raw = BASE | {"case": [{}, {"federation": {"batch_size": 4}}, {"threat": {"reveal": ["labels"]}}]}
+    assert [c.title for c in parse_config(raw).cells] == [
+        "mlp (classification)",
+        "mlp (classification) (2)",
+        "mlp (classification) (3)",
+    ]
+    seeds = parse_config(BASE | {"seed": [1, 2], "title": "t"}).cells
+    assert len(seeds) == 2
 
 
 def test_an_empty_experiment_has_its_own_defaults() -> None:
