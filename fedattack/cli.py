@@ -130,10 +130,11 @@ def attack(
     seed: Annotated[int, typer.Option(help="Root seed.")] = 0,
     timeout: Annotated[float, typer.Option(help="Seconds an attack may take.")] = 3600.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads; small models are fastest with one.")] = 1,
 ) -> None:
     """Attack one copied update offline. Needs neither Flower nor Ray, so it runs on any machine with torch."""
     from fedattack.config import toml_value
-    from fedattack.jobs import Job, outcome_path, reconstruction_path, run_job, save_knowledge
+    from fedattack.jobs import Job, outcome_path, reconstruction_path, run_job, save_knowledge, torch_threads
     from fedattack.planning import server_facts
     from fedattack.registry import parse_spec
     from fedattack.store import load_reconstruction, load_update, save_png
@@ -174,7 +175,8 @@ def attack(
             device=device,
         )
         outcome_path(results, job.job).unlink(missing_ok=True)  # this command always runs what it is asked to
-        outcome = _run_with_bar(run_job, job, results)
+        with torch_threads(threads):
+            outcome = _run_with_bar(run_job, job, results)
         if outcome.status != "ok":
             typer.secho(f"{spec}: {outcome.status}: {outcome.error}", fg=typer.colors.YELLOW, err=True)
             failed += 1
