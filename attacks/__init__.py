@@ -5,4 +5,5 @@ ATTACKS: dict[str, str] = {
     "dlg": "attacks.dlg:DLG",
     "idlg": "attacks.idlg:IDLG",
     "inverting-gradients": "attacks.inverting_gradients:InvertingGradients",
+    "second-order": "attacks.second_order:SecondOrder",
 }

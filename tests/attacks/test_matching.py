@@ -234,10 +234,11 @@ def test_restarts_together_are_the_restarts_one_by_one(make_update, random_image
     torch.testing.assert_close(together.guess["images"], best.guess["images"], rtol=1e-6, atol=1e-7)
 
 
-def test_unknown_distances_are_refused_by_name(make_update, random_images):
-    model = mlp((1, 2, 2))
-    update = make_update(model, random_images((1, 1, 2, 2)), torch.tensor([1]))
-    known = Knowledge(image_shape=(1, 2, 2), batch_size=1, num_classes=3)
-    for attack in (DLG(distance="cosin"), InvertingGradients(distance="cosin")):
-        with pytest.raises(FedattackError, match="did you mean 'cosine'"):
-            attack.reconstruct(update, model, Classification(), known, generator=derive_generator(0, "x"))
+@pytest.mark.parametrize("attack", [DLG, InvertingGradients])
+def test_impossible_options_are_refused_by_name_before_any_update_is_seen(attack):
+    with pytest.raises(FedattackError, match="did you mean 'cosine'"):
+        attack(distance="cosin")
+    with pytest.raises(FedattackError, match="did you mean 'grey'"):
+        attack(start="gray")
+    with pytest.raises(FedattackError, match="iterations must be a whole number"):
+        attack(iterations=0)

@@ -1,0 +1,348 @@
+"""Levenberg-Marquardt for small and large non-linear least squares, with unknowns that enter linearly projected out.
+
+    x̂ = argmin over x  ‖ρ(x)‖²
+
+A `Point` is ρ at one x; it can linearise itself, and the `Linear` model solves damped steps. There are three kinds: `Dense`
+(Jacobian by vmapped forward mode, normal equations by Cholesky with iterative refinement), `MatrixFree` (conjugate
+gradients on products with J and Jᵀ), and `Projected` (variable projection: ρ(x) = A(x)·y − b with the best y for each x).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vjp, vmap
+
+Function = Callable[[Tensor], Tensor]
+"""A vector to a vector, usable under torch.func."""
+
+
+PATIENCE, STALLED = 10, 0.98
+"""A search is given up where the last so many trials together have not lowered ‖ρ‖² to this share."""
+
+
+class Linear(Protocol):
+    """ρ(x + d) ≈ ρ + J·d."""
+
+    @property
+    def scale(self) -> float:
+        """The size of JᵀJ, in whose units the damping is."""
+        ...
+
+    def solve(self, damping: float) -> Tensor | None:
+        """argmin ‖ρ + J·d‖² + damping·‖d‖², or None where that is not to be had at this damping."""
+        ...
+
+    def predicted(self, step: Tensor) -> float:
+        """‖ρ + J·d‖²."""
+        ...
+
+    def spectrum(self) -> Tensor | None:
+        """Singular values of J, descending, or None where there are too many."""
+        ...
+
+
+class Point(Protocol):
+    @property
+    def residual(self) -> Tensor: ...
+
+    def linear(self) -> Linear: ...
+
+
+# ---------------------------------------------------------------------------------------------------- the search
+@dataclass(frozen=True)
+class Solution:
+    """Where a search ended: x, the point and the linear model there, ‖ρ‖² along the way, and why it ended."""
+
+    x: Tensor
+    point: Point
+    linear: Linear
+    costs: tuple[float, ...]
+    reason: str
+
+
+def levenberg_marquardt(
+    at: Callable[[Tensor], Point],
+    start: Tensor,
+    *,
+    iterations: int,
+    tolerance: float,
+    damping: float = 1e-3,
+    box: tuple[Tensor, Tensor] | None = None,
+    told: Callable[[int, float], None] = lambda iteration, cost: None,
+) -> Solution:
+    """Damped Gauss-Newton steps from `start` until ‖ρ‖² ≤ tolerance, or it stalls, or `iterations` trials are made.
+
+    Source: Levenberg 1944, Marquardt 1963; the damping follows the gain ratio as in Nielsen, IMM-REP-1999-05.
+    damping: of the first step, in units of the largest diagonal entry of JᵀJ. box: every trial is clamped into it.
+    `told(iteration, cost)` hears of every trial, accepted or not.
+    """
+    x, point = start, at(start)
+    cost = _squared(point.residual)
+    linear, costs = point.linear(), [cost]
+    mu, factor, reason = damping * linear.scale, 2.0, "iterations"
+    for iteration in range(1, iterations + 1):
+        if not (math.isfinite(cost) and math.isfinite(mu) and mu > 0):
+            reason = "not finite" if not math.isfinite(cost) else "flat"
+            break
+        step = linear.solve(mu)
+        gain, new, trial, after = -1.0, point, x, math.inf
+        if step is not None and bool(step.isfinite().all()):
+            trial = x + step
+            if box is not None:
+                trial = trial.clamp(*box)
+                step = trial - x
+            new = at(trial)
+            after = _squared(new.residual)
+            expected = cost - linear.predicted(step)
+            gain = (cost - after) / expected if math.isfinite(after) and expected > 0 else -1.0
+            if after < cost and gain <= 0:  # the clamped step was not the model's best, but it is better
+                gain = 0.1
+        if gain > 0:
+            x, point, cost = trial, new, after
+            mu, factor = mu * max(1.0 / 3.0, 1.0 - (2.0 * gain - 1.0) ** 3), 2.0
+            if gain > 0.9:
+                mu *= 0.1  # a smooth problem near its end: let the convergence be quadratic
+        else:
+            mu, factor = mu * factor, 2.0 * factor
+        costs.append(cost)
+        told(iteration, cost)
+        if cost <= tolerance:
+            reason = "tolerance"
+            break
+        if len(costs) > PATIENCE and cost > STALLED * costs[-1 - PATIENCE]:
+            reason = "stalled"
+            break
+        if gain > 0 and iteration < iterations:
+            linear = point.linear()
+            mu = max(mu, 1e-18 * linear.scale)
+    return Solution(x=x, point=point, linear=linear, costs=tuple(costs), reason=reason)
+
+
+# ---------------------------------------------------------------------------------------------------- dense
+@dataclass(frozen=True)
+class DenseLinear:
+    """J as its transpose, (unknowns, equations), which is how forward mode writes it."""
+
+    residual: Tensor
+    transposed: Tensor
+    gram: Tensor
+    gradient: Tensor
+
+    @staticmethod
+    def of(residual: Tensor, transposed: Tensor) -> "DenseLinear":
+        return DenseLinear(residual, transposed, transposed @ transposed.T, transposed @ residual)
+
+    @property
+    def scale(self) -> float:
+        return float(self.gram.diagonal().max())
+
+    def solve(self, damping: float) -> Tensor | None:
+        damped = self.gram.clone()
+        damped.diagonal().add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if int(failed):
+            return None
+        step = _cholesky_solve(factor, -self.gradient)
+        for _ in range(2):  # refinement with J itself: as good as QR, at the cost of products
+            error = self.transposed @ (self.residual + step @ self.transposed) + damping * step
+            step = step - _cholesky_solve(factor, error)
+        return step
+
+    def predicted(self, step: Tensor) -> float:
+        return _squared(self.residual + step @ self.transposed)
+
+    def spectrum(self, most: int = 1024) -> Tensor | None:
+        """By SVD; beyond `most` unknowns from JᵀJ, where values below 1e-8 of the largest are lost in rounding."""
+        if not bool(self.transposed.isfinite().all()):
+            return None
+        if len(self.transposed) <= most:
+            singular: Tensor = torch.linalg.svdvals(self.transposed)
+            return singular
+        values: Tensor = torch.linalg.eigvalsh(self.gram)
+        return values.clamp_min(0.0).sqrt().flip(0)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """ρ at x, with a Jacobian that is formed whole."""
+
+    function: Function
+    x: Tensor
+    residual: Tensor
+    chunk: int
+
+    @staticmethod
+    def at(function: Function, x: Tensor, chunk: int) -> "Dense":
+        with torch.no_grad():
+            return Dense(function, x, function(x), chunk)
+
+    def linear(self) -> DenseLinear:
+        return DenseLinear.of(self.residual, jacobian_transposed(self.function, self.x, self.chunk))
+
+
+def jacobian_transposed(function: Function, x: Tensor, chunk: int) -> Tensor:
+    """(unknowns, equations): row i is ∂function/∂x_i by forward mode, `chunk` rows at a time."""
+
+    def column(direction: Tensor) -> Tensor:
+        derivative: Tensor = jvp(function, (x,), (direction,))[1]
+        return derivative
+
+    return by_rows(column, len(x), chunk, x)
+
+
+def by_rows(row: Function, count: int, chunk: int, like: Tensor) -> Tensor:
+    """row(e_i) for every unit vector e_i of so many entries, stacked; vmapped over `chunk` of them where the model can."""
+    units = torch.eye(count, dtype=like.dtype, device=like.device)
+    parts: list[Tensor] = []
+    with torch.no_grad():
+        try:
+            for some in torch.split(units, chunk):
+                parts.append(vmap(row)(some))
+        except (RuntimeError, ValueError) as reason:
+            if "vmap" not in str(reason) and "batch" not in str(reason):
+                raise
+            parts = [torch.stack([row(unit) for unit in units])]
+    return torch.cat(parts)
+
+
+# ---------------------------------------------------------------------------------------------------- matrix-free
+@dataclass(frozen=True)
+class MatrixFreeLinear:
+    """Products with J and Jᵀ only. solve() is CGLS, stopped at a relative residual of `precision`."""
+
+    function: Function
+    x: Tensor
+    residual: Tensor
+    back: Callable[[Tensor], Tensor]
+    gradient: Tensor
+    inner: int
+    precision: float
+
+    @property
+    def scale(self) -> float:
+        norm = float(self.gradient.norm())
+        return _squared(self.times(self.gradient / norm)) if norm > 0 else 0.0
+
+    def times(self, step: Tensor) -> Tensor:
+        product: Tensor = jvp(self.function, (self.x,), (step,))[1]
+        return product.detach()
+
+    def solve(self, damping: float) -> Tensor | None:
+        step = torch.zeros_like(self.x)
+        left = -self.residual  # −ρ − J·d
+        slope = -self.gradient  # Jᵀ·left − damping·d
+        direction, size = slope, _squared(slope)
+        enough = self.precision**2 * size
+        for _ in range(self.inner):
+            if size <= enough or size == 0:
+                break
+            image = self.times(direction)
+            length = size / (_squared(image) + damping * _squared(direction))
+            step = step + length * direction
+            left = left - length * image
+            slope = self.back(left) - damping * step
+            before, size = size, _squared(slope)
+            direction = slope + (size / before) * direction
+        return step
+
+    def predicted(self, step: Tensor) -> float:
+        return _squared(self.residual + self.times(step))
+
+    def spectrum(self) -> Tensor | None:
+        return None
+
+
+@dataclass(frozen=True)
+class MatrixFree:
+    """ρ at x; J is never formed. Each step takes up to `inner` iterations of conjugate gradients."""
+
+    function: Function
+    x: Tensor
+    residual: Tensor
+    inner: int
+
+    @staticmethod
+    def at(function: Function, x: Tensor, inner: int) -> "MatrixFree":
+        with torch.no_grad():
+            return MatrixFree(function, x, function(x), inner)
+
+    def linear(self) -> MatrixFreeLinear:
+        pull: Callable[..., tuple[Tensor]] = vjp(self.function, self.x)[1]
+
+        def back(vector: Tensor) -> Tensor:
+            product: Tensor = pull(vector, retain_graph=True)[0]
+            return product.detach()
+
+        # the inner problem is solved more exactly as the outer one converges (Eisenstat and Walker 1996)
+        precision = min(0.1, float(self.residual.norm()))
+        return MatrixFreeLinear(
+            self.function, self.x, self.residual, back, back(self.residual), self.inner, max(precision, 1e-8)
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- projected
+@dataclass(frozen=True)
+class Projected:
+    """ρ(x) = A(x)·y − b with y = A(x)⁺·b, so that x alone is left to search for.
+
+    Source: Golub and Pereyra 1973; the Jacobian is Kaufman's (BIT 15, 1975): ∂(A·y)/∂x at fixed y, projected off the range
+    of A. `matrix` gives Aᵀ(x), (linear unknowns, equations); `product(x, y)` is A(x)·y.
+    """
+
+    product: Callable[[Tensor, Tensor], Tensor]
+    x: Tensor
+    basis: Tensor
+    linear_unknowns: Tensor
+    linear_rank: int
+    residual: Tensor
+    chunk: int
+
+    @staticmethod
+    def at(
+        matrix: Callable[[Tensor], Tensor],
+        product: Callable[[Tensor, Tensor], Tensor],
+        x: Tensor,
+        wanted: Tensor,
+        chunk: int,
+    ) -> "Projected":
+        with torch.no_grad():
+            basis, solved, rank = _least_squares(matrix(x).T, wanted)
+            inside = basis @ (basis.T @ wanted)
+            return Projected(product, x, basis, solved, rank, inside - wanted, chunk)
+
+    def linear(self) -> DenseLinear:
+        moved = jacobian_transposed(lambda x: self.product(x, self.linear_unknowns), self.x, self.chunk)
+        return DenseLinear.of(self.residual, moved - (moved @ self.basis) @ self.basis.T)
+
+
+def _least_squares(matrix: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, int]:
+    """An orthonormal basis of the range of a tall matrix, the least-norm y of min ‖A·y − b‖, and the numerical rank."""
+    if not bool(matrix.isfinite().all()):
+        nowhere = torch.full_like(wanted, math.nan)
+        return matrix[:, :0], nowhere[: matrix.shape[1]], 0
+    q, r = torch.linalg.qr(matrix)
+    u, values, vh = torch.linalg.svd(r)
+    rank = numerical_rank(values, max(matrix.shape))
+    basis = q @ u[:, :rank]
+    return basis, vh[:rank].T @ ((basis.T @ wanted) / values[:rank]), rank
+
+
+def numerical_rank(values: Tensor, size: int, precision: float | None = None) -> int:
+    """How many singular values stand above the rounding of a matrix with so many rows."""
+    if len(values) == 0:
+        return 0
+    precision = torch.finfo(values.dtype).eps * size if precision is None else precision
+    return int((values > precision * values[0]).sum())
+
+
+def _cholesky_solve(factor: Tensor, right: Tensor) -> Tensor:
+    solved: Tensor = torch.cholesky_solve(right[:, None], factor)[:, 0]
+    return solved
+
+
+def _squared(vector: Tensor) -> float:
+    return float(vector.square().sum())

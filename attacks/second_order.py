@@ -1,0 +1,331 @@
+"""Second order: the images as the exact solution of a least-squares problem, by Levenberg-Marquardt; noise projected out.
+
+Source: our own combination. Levenberg, Quart. Appl. Math. 2 (1944); Marquardt, SIAM J. Appl. Math. 11 (1963); variable
+projection: Golub and Pereyra, SIAM J. Numer. Anal. 10 (1973), with Kaufman's Jacobian (BIT 15, 1975).
+Differs from it: the unknowns are private images and the equations the client's gradient, one for each weight. A
+diffusion client's gradient g = (2/m)·J(x_t)ᵀ·r is linear in the residual r = model(x_t, t) − target, so the unknown noise
+is solved for and only the noisy image x_t is searched. Layers are weighted by 1/‖g_layer‖; where there are many more weights
+than unknowns, a random sketch keeps a few equations for each unknown.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad, vjp
+
+from attacks.labels import infer_labels
+from attacks.least_squares import (
+    Dense,
+    MatrixFree,
+    Point,
+    Projected,
+    Solution,
+    by_rows,
+    levenberg_marquardt,
+    numerical_rank,
+)
+from attacks.matching import Problem, check_options, pose
+from fedattack.errors import FedattackError, NotApplicable, one_of
+from fedattack.tasks import Diffusion, Task, bind
+from fedattack.types import Knowledge, Progress, Reconstruction, State, Update, silent
+
+BOXES = ("end", "step")
+EQUATIONS = 4096
+"""A sketch keeps at least so many: searches of small problems get stuck less often with more, and they are cheap."""
+
+ENTRIES = 1 << 24
+"""How many numbers one chunk of Jacobian columns may hold."""
+
+
+@dataclass(frozen=True)
+class SecondOrder:
+    """Exact inversion where the model is smooth and the update clean; it says by its own cost whether it succeeded.
+
+    iterations: trial steps of each start; the search ends early below `tolerance`, where it stalls, or once a start is
+    certified. A cost is the mean over layers of ‖simulated − observed‖²/‖observed‖²: 1 for silence, 0 for a perfect match.
+    certified: the cost below which (with as many independent equations as unknowns) a result is called exact.
+    start: "grey", "normal" or "uniform", see Problem.start. box: images are clamped to [0, 1] at the "end" or after each
+    "step". damping: of the first step, in units of the largest diagonal entry of JᵀJ. sketch: equations kept for each
+    unknown, 0 for all, never fewer than 4,096; four times as many where noise is unknown (with fewer, most of those
+    searches get stuck). dense_limit: unknowns beyond which no Jacobian is formed and each step takes up to `inner_steps`
+    iterations of conjugate gradients. spectrum: whether rank and condition number are computed at the end.
+    """
+
+    name: ClassVar[str] = "second-order"
+    needs: ClassVar[frozenset[str]] = frozenset({"image_shape", "batch_size"})
+    tasks: ClassVar[frozenset[str]] = frozenset({"classification", "diffusion"})
+
+    iterations: int = 60
+    restarts: int = 4
+    start: str = "grey"
+    tolerance: float = 1e-22
+    certified: float = 1e-10
+    damping: float = 1e-3
+    box: str = "end"
+    sketch: float = 3.0
+    dense_limit: int = 4096
+    inner_steps: int = 300
+    spectrum: bool = True
+    precision: str = "float64"
+
+    def __post_init__(self) -> None:
+        check_options("l2", self.start, self.iterations)
+        if self.box not in BOXES:
+            raise FedattackError(one_of("box", BOXES, self.box))
+
+    def reconstruct(
+        self,
+        update: Update,
+        model: nn.Module,
+        task: Task,
+        knowledge: Knowledge,
+        *,
+        generator: torch.Generator,
+        progress: Progress = silent,
+    ) -> Reconstruction:
+        begun = perf_counter()
+        if task.name == "classification" and knowledge.labels is None:
+            knowledge = replace(knowledge, labels=infer_labels(update, model, knowledge, generator=generator))
+        problem = pose(update, model, task, knowledge, precision=self.precision)
+        if "timesteps" in problem.unknown:
+            raise NotApplicable("timesteps must be known: they are integers, not unknowns of a least-squares problem")
+        equations = Equations.of(problem, update)
+        search = _search_noisy if "noise" in problem.unknown else _search_images
+        return search(self, problem, equations, generator, progress, begun)
+
+
+# ---------------------------------------------------------------------------------------------------- equations
+@dataclass(frozen=True)
+class Equations:
+    """One equation for each observed weight, layers weighted so that the sum of squares is the relative cost.
+
+    buckets, signs: a sparse random sketch (CountSketch: Charikar, Chen, Farach-Colton 2002) that adds every equation, with
+    a random sign, to one of a few sums; None keeps them all.
+    """
+
+    weights: State
+    wanted: Tensor
+    buckets: Tensor | None = None
+    signs: Tensor | None = None
+    count: int = 0
+
+    @staticmethod
+    def of(problem: Problem, update: Update) -> "Equations":
+        """Zero layers, and those that are the rounding of zero (the bias of attention's keys), are measured by the largest."""
+        norms = {name: float(tensor.norm()) for name, tensor in problem.observed.items()}
+        largest = max(norms.values())
+        if not (0.0 < largest < math.inf):
+            raise NotApplicable("the update is zero or not finite: there is nothing to solve for")
+        sent = next((t.dtype for t in update.received.values() if t.is_floating_point()), torch.float32)
+        floor = 100 * torch.finfo(sent).eps * largest
+        layers = len(norms) ** 0.5
+        weights = {
+            name: torch.full((), 1.0 / ((norm if norm > floor else largest) * layers)).to(problem.observed[name])
+            for name, norm in norms.items()
+        }
+        wanted = torch.cat([(weights[name] * tensor).reshape(-1) for name, tensor in problem.observed.items()])
+        return Equations(weights, wanted, count=len(wanted))
+
+    def sketched(self, count: int, generator: torch.Generator) -> "Equations":
+        """At most `count` equations."""
+        total = len(self.wanted)
+        if count <= 0 or count >= total:
+            return self
+        device = self.wanted.device
+        buckets = torch.randint(count, (total,), generator=generator).to(device)
+        signs = (2.0 * torch.randint(2, (total,), generator=generator) - 1.0).to(self.wanted)
+        return replace(self, buckets=buckets, signs=signs, count=count)
+
+    def pressed(self, vector: Tensor) -> Tensor:
+        if self.buckets is None or self.signs is None:
+            return vector
+        return vector.new_zeros(self.count).index_add(0, self.buckets, self.signs * vector)
+
+    def left(self, simulated: State) -> Tensor:
+        return torch.cat([(weight * simulated[name]).reshape(-1) for name, weight in self.weights.items()])
+
+    def residual(self, simulated: State) -> Tensor:
+        return self.pressed(self.left(simulated) - self.wanted)
+
+
+def _kept(share: float, unknowns: int) -> int:
+    return max(EQUATIONS, math.ceil(share * unknowns)) if share > 0 else 0
+
+
+def _chunk(equations: Equations) -> int:
+    return max(1, min(64, ENTRIES // len(equations.wanted)))
+
+
+# ---------------------------------------------------------------------------------------------------- known noise
+def _search_images(
+    attack: SecondOrder,
+    problem: Problem,
+    equations: Equations,
+    generator: torch.Generator,
+    progress: Progress,
+    begun: float,
+) -> Reconstruction:
+    """Nothing but the images is unknown."""
+    variable = problem.unknown["images"]
+    unknowns = math.prod(variable.shape)
+    dense = unknowns <= attack.dense_limit
+    starts = problem.start(attack.restarts, generator, attack.start)["images"].reshape(attack.restarts, -1)
+    if dense:
+        equations = equations.sketched(_kept(attack.sketch, unknowns), generator)
+
+    def function(x: Tensor) -> Tensor:
+        return equations.residual(problem.simulated({"images": x.reshape(variable.shape)}))
+
+    def at(x: Tensor) -> Point:
+        if dense:
+            return Dense.at(function, x, _chunk(equations))
+        return MatrixFree.at(function, x, attack.inner_steps)
+
+    def finish(solution: Solution) -> dict[str, Tensor]:
+        return {"images": solution.x.reshape(variable.shape)}
+
+    box = (torch.zeros_like(starts[0]), torch.ones_like(starts[0])) if attack.box == "step" else None
+    return _multistart(attack, problem, equations, at, starts, finish, unknowns, box, progress, begun)
+
+
+# ---------------------------------------------------------------------------------------------------- unknown noise
+def _search_noisy(
+    attack: SecondOrder,
+    problem: Problem,
+    equations: Equations,
+    generator: torch.Generator,
+    progress: Progress,
+    begun: float,
+) -> Reconstruction:
+    """Images and noise are unknown: search the noisy images x_t, with the residual r = model(x_t, t) − target projected out."""
+    task = problem.task
+    if not isinstance(task, Diffusion):
+        raise NotApplicable("noise can be projected out of the diffusion task only")
+    if len(problem.steps) > 1:
+        raise NotApplicable(
+            "unknown noise can be projected out of one local step only: later ones are not linear in it"
+        )
+    shape = problem.unknown["images"].shape
+    pixels = math.prod(shape)
+    if pixels > attack.dense_limit:
+        raise NotApplicable(f"unknown noise needs a dense Jacobian: {pixels} pixels are more than dense_limit")
+    if len(equations.wanted) < 2 * pixels:
+        raise NotApplicable(f"{len(equations.wanted)} numbers cannot tell {2 * pixels} unknowns (images and noise)")
+    timesteps = problem.known["timesteps"]
+    alpha_bar = task.alphas_cumprod.to(timesteps.device)[timesteps].to(problem.dtype).reshape(-1, 1, 1, 1)
+    signal, spread = alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
+    starts = problem.start(attack.restarts, generator, attack.start)
+    noisy = signal * (2.0 * starts["images"] - 1.0) + spread * starts["noise"]
+    equations = equations.sketched(_kept(4 * attack.sketch, 2 * pixels), generator)
+    trained = {name: problem.sent[name] for name in problem.observed}
+
+    def predict(weights: State, x: Tensor) -> Tensor:
+        return bind(problem.model, {**problem.sent, **weights})(x.reshape(shape), timesteps)
+
+    def product(x: Tensor, r: Tensor) -> Tensor:
+        pulled = (2.0 / pixels) * r.reshape(shape)
+        return equations.pressed(equations.left(grad(lambda weights: (pulled * predict(weights, x)).sum())(trained)))
+
+    def matrix(x: Tensor) -> Tensor:
+        pull: Callable[..., tuple[State]] = vjp(lambda weights: predict(weights, x), trained)[1]
+
+        def row(r: Tensor) -> Tensor:
+            return equations.pressed(equations.left(pull((2.0 / pixels) * r.reshape(shape), retain_graph=True)[0]))
+
+        return by_rows(row, pixels, _chunk(equations), x)
+
+    wanted = equations.pressed(equations.wanted)
+
+    def at(x: Tensor) -> Point:
+        return Projected.at(matrix, product, x, wanted, _chunk(equations))
+
+    def finish(solution: Solution) -> dict[str, Tensor]:
+        assert isinstance(solution.point, Projected)
+        x = solution.x.reshape(shape)
+        with torch.no_grad():
+            target = predict({}, solution.x) - solution.point.linear_unknowns.reshape(shape)
+        if task.prediction_type == "epsilon":
+            return {"images": 0.5 + 0.5 * (x - spread * target) / signal, "noise": target}
+        return {"images": 0.5 + 0.5 * (signal * x - spread * target), "noise": spread * x + signal * target}
+
+    return _multistart(
+        attack, problem, equations, at, noisy.reshape(attack.restarts, -1), finish, 2 * pixels, None, progress, begun
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- starts
+def _multistart(
+    attack: SecondOrder,
+    problem: Problem,
+    equations: Equations,
+    at: Callable[[Tensor], Point],
+    starts: Tensor,
+    finish: Callable[[Solution], dict[str, Tensor]],
+    unknowns: int,
+    box: tuple[Tensor, Tensor] | None,
+    progress: Progress,
+    begun: float,
+) -> Reconstruction:
+    """One start after another until one is certified; the lowest cost of the whole update wins, sketch or not."""
+    ends: list[tuple[float, Solution, dict[str, Tensor]]] = []
+    trials = 0
+    for number, start in enumerate(starts):
+
+        def told(iteration: int, cost: float, done: int = number * attack.iterations) -> None:
+            progress(done + iteration, len(starts) * attack.iterations, cost)
+
+        solution = levenberg_marquardt(
+            at,
+            start,
+            iterations=attack.iterations,
+            tolerance=attack.tolerance,
+            damping=attack.damping,
+            box=box,
+            told=told,
+        )
+        trials += len(solution.costs) - 1
+        guess = finish(solution)
+        with torch.no_grad():
+            difference = equations.left(problem.simulated(guess)) - equations.wanted
+        cost = float(difference.square().sum())
+        ends.append((cost if math.isfinite(cost) else math.inf, solution, guess))
+        if cost <= attack.certified and unknowns <= len(equations.wanted):
+            break
+    cost, solution, guess = min(ends, key=lambda end: end[0])
+    diagnostics = {
+        "loss": cost,
+        "iterations": float(len(solution.costs) - 1),
+        "starts": float(len(ends)),
+        "starts_succeeded": float(sum(end[0] <= attack.certified for end in ends)),
+        "equations": float(equations.count),
+        "unknowns": float(unknowns),
+        "dense": float(not isinstance(solution.point, MatrixFree)),
+    }
+    determined = unknowns <= len(equations.wanted)
+    values = solution.linear.spectrum() if attack.spectrum else None
+    if values is not None and len(values) > 0 and float(values[0]) > 0:
+        rank = numerical_rank(values, equations.count)
+        searched = len(solution.x)
+        determined = determined and rank == searched
+        diagnostics["condition"] = float(values[0] / values[min(len(values), searched) - 1].clamp_min(1e-300))
+        if isinstance(solution.point, Projected):
+            rank += solution.point.linear_rank
+            determined = determined and rank == unknowns
+        diagnostics["rank"] = float(rank)
+    diagnostics["certified"] = float(cost <= attack.certified and determined)
+    found = problem.estimate(guess)
+    return Reconstruction(
+        images=found["images"].clamp(0.0, 1.0).nan_to_num(0.5).float(),
+        labels=found.get("labels"),
+        timesteps=found.get("timesteps"),
+        noise=found["noise"].nan_to_num(0.0) if "noise" in found else None,
+        losses=(*solution.costs, cost),
+        steps=trials,
+        seconds=perf_counter() - begun,
+        diagnostics=diagnostics,
+    )

@@ -1,0 +1,360 @@
+"""Least squares with known answers, and exact inversions: pixels alone, and pixels with the noise projected out."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attacks.least_squares import Dense, MatrixFree, Projected, by_rows, jacobian_transposed, levenberg_marquardt
+from attacks.matching import pose
+from attacks.second_order import Equations, SecondOrder
+from fedattack.errors import FedattackError, NotApplicable
+from fedattack.metrics import match_batch, psnr_db
+from fedattack.models import build_model
+from fedattack.seeding import derive_generator, seeded_default_generator
+from fedattack.tasks import Classification, Diffusion, simulate_gradient
+from fedattack.types import Knowledge, Update
+
+
+def generator(*names: object) -> torch.Generator:
+    return derive_generator(0, "second-order", *names)
+
+
+def double(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------------------------------ least squares
+def rosenbrock(x: Tensor) -> Tensor:
+    return torch.stack([10.0 * (x[1] - x[0].square()), 1.0 - x[0]])
+
+
+def exponentials(x: Tensor) -> Tensor:
+    """Ten equations in two rates, zero at (0.7, 2)."""
+    t = torch.linspace(0.1, 2.0, 10, dtype=torch.float64)
+    return torch.exp(-x[0] * t) - torch.exp(-x[1] * t) - (torch.exp(-0.7 * t) - torch.exp(-2.0 * t))
+
+
+@pytest.mark.parametrize("kind", ["dense", "matrix-free"])
+@pytest.mark.parametrize(
+    ("function", "start", "answer"),
+    [(rosenbrock, (-1.2, 1.0), (1.0, 1.0)), (exponentials, (0.3, 1.0), (0.7, 2.0))],
+    ids=["rosenbrock", "exponentials"],
+)
+def test_known_minima(kind, function, start, answer):
+    def at(x: Tensor) -> Dense | MatrixFree:
+        return Dense.at(function, x, 1) if kind == "dense" else MatrixFree.at(function, x, 50)
+
+    told: list[tuple[int, float]] = []
+    solution = levenberg_marquardt(
+        at, double(*start), iterations=80, tolerance=1e-24, told=lambda *call: told.append(call)
+    )
+    torch.testing.assert_close(solution.x, double(*answer), rtol=1e-8, atol=1e-8)
+    assert solution.reason == "tolerance"
+    assert list(solution.costs) == sorted(solution.costs, reverse=True)
+    assert [call[0] for call in told] == list(range(1, len(told) + 1))
+
+
+def test_a_linear_problem_is_solved_as_lstsq_solves_it():
+    matrix = torch.randn(9, 4, generator=generator("linear"), dtype=torch.float64)
+    wanted = torch.randn(9, generator=generator("wanted"), dtype=torch.float64)
+    solution = levenberg_marquardt(
+        lambda x: Dense.at(lambda y: matrix @ y - wanted, x, 3), torch.zeros(4).double(), iterations=60, tolerance=0.0
+    )
+    exact = torch.linalg.lstsq(matrix, wanted[:, None]).solution[:, 0]
+    torch.testing.assert_close(solution.x, exact, rtol=1e-7, atol=1e-7)
+    assert solution.reason == "stalled"
+
+
+def test_damped_steps_agree():
+    """Dense and matrix-free solve (JᵀJ + μ)·d = −Jᵀρ, checked against the augmented system."""
+    x, mu = double(0.3, 1.0), 0.05
+    jacobian = torch.autograd.functional.jacobian(exponentials, x)
+    augmented = torch.cat([jacobian, math.sqrt(mu) * torch.eye(2, dtype=torch.float64)])
+    right = torch.cat([-exponentials(x), torch.zeros(2, dtype=torch.float64)])
+    exact = torch.linalg.lstsq(augmented, right[:, None]).solution[:, 0]
+    for linear in (Dense.at(exponentials, x, 2).linear(), MatrixFree.at(exponentials, x, 50).linear()):
+        if not isinstance(linear, type(Dense.at(exponentials, x, 2).linear())):
+            linear = replace(linear, precision=1e-12)
+        step = linear.solve(mu)
+        torch.testing.assert_close(step, exact, rtol=1e-9, atol=1e-12)
+        assert linear.predicted(step) == pytest.approx(float((exponentials(x) + jacobian @ step).square().sum()))
+    torch.testing.assert_close(jacobian_transposed(exponentials, x, 1), jacobian.T)
+
+
+def test_a_box_is_kept():
+    solution = levenberg_marquardt(
+        lambda x: Dense.at(rosenbrock, x, 2),
+        double(0.0, 0.2),
+        iterations=60,
+        tolerance=1e-24,
+        box=(double(0.0, 0.0), double(0.8, 0.8)),
+    )
+    assert float(solution.x.max()) <= 0.8
+    assert solution.costs[-1] < solution.costs[0]
+
+
+def test_a_function_that_is_not_finite_ends_the_search():
+    solution = levenberg_marquardt(
+        lambda x: Dense.at(lambda y: y / 0.0, x, 1), double(1.0), iterations=5, tolerance=0.0
+    )
+    assert solution.reason == "not finite"
+
+
+def test_what_vmap_cannot_do_is_done_one_by_one():
+    def stubborn(row: Tensor) -> Tensor:
+        return row * float(row.sum())  # .item() is refused under vmap
+
+    torch.testing.assert_close(by_rows(stubborn, 3, 2, double(1.0)), torch.eye(3, dtype=torch.float64))
+
+
+def test_variable_projection_fits_amplitudes_for_free():
+    """Σ y_k·exp(−x_k·t): rates are searched, amplitudes projected out."""
+    t = torch.linspace(0.0, 4.0, 30, dtype=torch.float64)
+
+    def product(x: Tensor, y: Tensor) -> Tensor:
+        return torch.exp(-x[:, None] * t).T @ y
+
+    rates, amplitudes = double(0.5, 2.0), double(3.0, 1.0)
+    wanted = product(rates, amplitudes)
+    solution = levenberg_marquardt(
+        lambda x: Projected.at(lambda z: torch.exp(-z[:, None] * t), product, x, wanted, 2),
+        double(0.3, 1.5),
+        iterations=60,
+        tolerance=1e-26,
+    )
+    torch.testing.assert_close(solution.x, rates, rtol=1e-6, atol=1e-6)
+    assert isinstance(solution.point, Projected)
+    torch.testing.assert_close(solution.point.linear_unknowns, amplitudes, rtol=1e-6, atol=1e-6)
+    assert solution.point.linear_rank == 2
+
+
+# ------------------------------------------------------------------------------------------------ the equations
+def lenet(shape: tuple[int, int, int] = (3, 8, 8), **options: object) -> nn.Module:
+    return build_model("lenet", image_shape=shape, num_classes=4, seed=0, **options)
+
+
+def facts(images: Tensor, labels: Tensor | None = None, **more: object) -> Knowledge:
+    shape = (images.shape[1], images.shape[2], images.shape[3])
+    return Knowledge(image_shape=shape, batch_size=len(images), num_classes=4, labels=labels, **more)
+
+
+def attack(found_by: SecondOrder, update: Update, model: nn.Module, knowledge: Knowledge, task=None, **settings):
+    return found_by.reconstruct(
+        update, model, task or Classification(), knowledge, generator=generator("attack"), **settings
+    )
+
+
+def test_layers_count_the_same_and_rounding_does_not_count(make_update, random_images):
+    """Sum of squares = mean over layers of the relative error; layers of (almost) zeros are measured by the largest."""
+    images, labels = random_images((1, 3, 8, 8)), torch.tensor([1])
+    model = lenet(channels=4)
+    update = make_update(model, images, labels)
+    update.received["conv0.bias"] = torch.zeros_like(update.received["conv0.bias"])
+    update.received["conv1.bias"] = torch.full_like(update.received["conv1.bias"], 1e-22)
+    problem = pose(update, model, Classification(), facts(images, labels))
+    equations = Equations.of(problem, update)
+    weights = {name: float(weight) for name, weight in equations.weights.items()}
+    layers = len(weights)
+    largest = max(float(tensor.norm()) for tensor in update.received.values())
+    for name, weight in weights.items():
+        expected = largest if name in ("conv0.bias", "conv1.bias") else float(update.received[name].norm())
+        assert weight == pytest.approx(1.0 / (expected * math.sqrt(layers)))
+    silence = {name: torch.zeros_like(tensor) for name, tensor in problem.observed.items()}
+    assert float(equations.residual(silence).square().sum()) == pytest.approx((layers - 2) / layers)
+
+
+def test_a_sketch_keeps_squares_on_average(make_update, random_images):
+    images, labels = random_images((1, 3, 8, 8)), torch.tensor([1])
+    model = lenet(channels=4)
+    update = make_update(model, images, labels)
+    equations = Equations.of(pose(update, model, Classification(), facts(images, labels)), update)
+    vector = torch.randn(len(equations.wanted), generator=generator("v"), dtype=torch.float64)
+    sizes = [float(equations.sketched(100, generator("sketch", i)).pressed(vector).square().sum()) for i in range(200)]
+    assert sum(sizes) / 200 == pytest.approx(float(vector.square().sum()), rel=0.05)
+    assert equations.sketched(0, generator("none")) is equations
+    assert equations.sketched(10**6, generator("all")) is equations
+
+
+# ------------------------------------------------------------------------------------------------ classification
+@pytest.mark.parametrize(
+    "options", [{}, {"init": "default", "activation": "gelu"}], ids=["dlg-sigmoid", "default-gelu"]
+)
+def test_a_smooth_lenet_gives_the_image_exactly(options, make_update, patches):
+    images, labels, model = patches.private.images([0]), torch.tensor([2]), lenet(**options)
+    found = attack(SecondOrder(), make_update(model, images, labels), model, facts(images))  # the label is inferred
+    assert float(psnr_db(found.images, images)) > 100
+    assert found.labels.tolist() == [2]
+    assert found.steps < 25
+    assert found.losses[-1] == found.diagnostics["loss"] < 1e-18
+    assert found.diagnostics["certified"] == 1.0
+    assert found.diagnostics["starts_succeeded"] == 1.0
+    assert found.diagnostics["rank"] == found.diagnostics["unknowns"] == 192
+    assert 1.0 <= found.diagnostics["condition"] < 1e6
+
+
+def test_a_batch_is_found_whole(make_update, patches):
+    images, labels, model = patches.private.images([0, 400]), torch.tensor([0, 3]), lenet()
+    found = attack(SecondOrder(), make_update(model, images, labels), model, facts(images, labels))
+    assert float(psnr_db(found.images[match_batch(found.images, images)], images).min()) > 100
+    assert found.diagnostics["certified"] == 1.0
+
+
+def test_two_local_steps_are_unrolled(make_update, patches):
+    images, labels, model = patches.private.images([0, 400]), torch.tensor([1, 0]), lenet(init="default")
+    local = {"local_steps": 2, "local_batch_size": 1, "learning_rate": 0.5}
+    update = make_update(model, images, labels, kind="weights", **local)
+    found = attack(SecondOrder(), update, model, facts(images, labels, **local))
+    assert float(psnr_db(found.images, images).min()) > 80
+    assert found.diagnostics["certified"] == 1.0
+
+
+def test_matrix_free_agrees_with_dense(make_update, random_images):
+    images, labels = random_images((1, 1, 5, 4)), torch.tensor([1])
+    model = lenet((1, 5, 4), channels=6)
+    update = make_update(model, images, labels)
+    dense = attack(SecondOrder(sketch=0), update, model, facts(images, labels))
+    free = attack(SecondOrder(dense_limit=0), update, model, facts(images, labels))
+    assert (dense.diagnostics["dense"], free.diagnostics["dense"]) == (1.0, 0.0)
+    assert "rank" not in free.diagnostics
+    torch.testing.assert_close(free.images, dense.images, rtol=0, atol=1e-6)
+    assert float(psnr_db(free.images, images)) > 100
+
+
+def test_the_certificate_is_honest(make_update, random_images):
+    """One trial is not enough, and fewer equations than unknowns prove nothing however well they are met."""
+    images, labels, model = random_images((1, 3, 8, 8)), torch.tensor([1]), lenet(channels=4)
+    update = make_update(model, images, labels)
+    hasty = attack(SecondOrder(iterations=1, restarts=1), update, model, facts(images, labels))
+    assert float(psnr_db(hasty.images, images)) < 40
+    assert hasty.diagnostics["certified"] == hasty.diagnostics["starts_succeeded"] == 0.0
+    partial = replace(update, received={name: update.received[name] for name in ("conv0.weight", "conv0.bias")})
+    few = lenet(channels=2)
+    update = make_update(few, images, labels)
+    partial = replace(update, received={name: update.received[name] for name in ("conv0.weight", "conv0.bias")})
+    free = attack(SecondOrder(restarts=2), partial, few, facts(images, labels))
+    assert free.diagnostics["equations"] < free.diagnostics["unknowns"]
+    assert free.diagnostics["loss"] < 1e-10
+    assert float(psnr_db(free.images, images)) < 40
+    assert free.diagnostics["certified"] == 0.0
+
+
+def test_more_starts_never_end_higher(make_update, random_images):
+    """ReLU has kinks: starts fail, the lowest own cost is kept, and nothing is certified that was not found."""
+    images, labels = random_images((1, 3, 8, 8)), torch.tensor([1])
+    model = lenet(channels=4, activation="relu", init="default")
+    update = make_update(model, images, labels)
+    one, three = (attack(SecondOrder(restarts=n, iterations=15), update, model, facts(images, labels)) for n in (1, 3))
+    assert three.diagnostics["starts"] >= one.diagnostics["starts"]
+    for found in (one, three):
+        assert (found.diagnostics["certified"] == 1.0) == (float(psnr_db(found.images, images)) > 60)
+    assert three.diagnostics["loss"] <= 1.0
+
+
+def test_progress_hears_of_every_trial(make_update, random_images):
+    images, labels, model = random_images((1, 3, 8, 8)), torch.tensor([1]), lenet(channels=4)
+    calls: list[tuple[int, int, float]] = []
+    found = attack(
+        SecondOrder(restarts=2, iterations=7),
+        make_update(model, images, labels),
+        model,
+        facts(images, labels),
+        progress=lambda *call: calls.append(call),
+    )
+    assert len(calls) == found.steps
+    assert all(1 <= i <= n == 14 for i, n, _ in calls)
+
+
+# ------------------------------------------------------------------------------------------------ diffusion
+class Denoiser(nn.Module):
+    """Two smooth convolutions and a time embedding: the smallest noise predictor with a layer of zero gradient."""
+
+    def __init__(self, channels: int = 2, width: int = 16) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, width, 3, padding=1)
+        self.time = nn.Linear(1, width)
+        self.middle = nn.Conv2d(width, width, 3, padding=1)
+        self.last = nn.Conv2d(width, channels, 3, padding=1)
+        self.idle = nn.Parameter(torch.ones(3))
+
+    def forward(self, images: Tensor, timesteps: Tensor) -> Tensor:
+        when = self.time(timesteps.to(images.dtype)[:, None] / 1000.0)[:, :, None, None]
+        hidden = torch.nn.functional.silu(self.first(images) + when)
+        hidden = torch.nn.functional.silu(self.middle(hidden)) + 0.0 * self.idle.sum()
+        out: Tensor = self.last(hidden)
+        return out
+
+
+def denoiser() -> nn.Module:
+    with seeded_default_generator(0):
+        return Denoiser().double()
+
+
+def diffusion_update(model: nn.Module, task: Diffusion, images: Tensor, timesteps: list[int], seed: int = 0):
+    private = dict(task.draw(images, torch.zeros(len(images)), generator=derive_generator(seed, "draw")))
+    private["timesteps"] = torch.tensor(timesteps)
+    sent = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    received = {n: t.detach() for n, t in simulate_gradient(model, sent, task, [private]).items()}
+    update = Update(round=1, client="0", sent=sent, received=received, kind="gradient")
+    shape = (images.shape[1], images.shape[2], images.shape[3])
+    return private, update, Knowledge(image_shape=shape, batch_size=len(images), timesteps=private["timesteps"])
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_unknown_noise_is_projected_out(prediction_type, random_images):
+    """Neither image nor noise is given; both come out exactly, and the idle parameter breaks nothing."""
+    task, model = Diffusion(prediction_type=prediction_type), denoiser()
+    images = random_images((1, 2, 4, 4))
+    private, update, knowledge = diffusion_update(model, task, images, [100])
+    assert float(update.received["idle"].abs().max()) == 0.0
+    found = attack(SecondOrder(restarts=8), update, model, knowledge, task)
+    assert found.diagnostics["certified"] == 1.0
+    assert found.diagnostics["rank"] == found.diagnostics["unknowns"] == 64
+    assert float(psnr_db(found.images, images)) > 80
+    torch.testing.assert_close(found.noise, private["noise"], rtol=0, atol=1e-5)
+
+
+def test_known_noise_leaves_the_images_alone(random_images):
+    task, model, images = Diffusion(), denoiser(), random_images((2, 2, 4, 4))
+    private, update, knowledge = diffusion_update(model, task, images, [50, 300])
+    knowledge = replace(knowledge, noise=private["noise"])
+    found = attack(SecondOrder(restarts=8), update, model, knowledge, task)
+    assert found.diagnostics["certified"] == 1.0
+    assert found.diagnostics["unknowns"] == 64
+    assert float(psnr_db(found.images, images).min()) > 80
+
+
+def test_a_unet_with_attention_gives_image_and_noise(random_images):
+    """The keys' bias has a zero gradient up to rounding: it must not be blown up by its weight."""
+    options = {"block_out_channels": (16,), "attention": (0,), "mid_attention": False, "norm_num_groups": 4}
+    model = build_model("unet", image_shape=(1, 4, 4), num_classes=None, seed=0, **options).double()
+    task, images = Diffusion(), random_images((1, 1, 4, 4))
+    _, update, knowledge = diffusion_update(model, task, images, [100])
+    bias = next(name for name in update.received if name.endswith("to_k.bias"))
+    assert float(update.received[bias].abs().max()) < 1e-12
+    found = attack(SecondOrder(restarts=6), update, model, knowledge, task)
+    assert found.diagnostics["certified"] == 1.0
+    assert float(psnr_db(found.images, images)) > 80
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+def test_what_it_cannot_do_it_says(make_update, random_images):
+    task, model, images = Diffusion(), denoiser(), random_images((1, 2, 4, 4))
+    _, update, knowledge = diffusion_update(model, task, images, [100])
+    with pytest.raises(NotApplicable, match="timesteps must be known"):
+        attack(SecondOrder(), update, model, replace(knowledge, timesteps=None), task)
+    with pytest.raises(NotApplicable, match="one local step"):
+        steps = replace(knowledge, local_steps=2, learning_rate=0.1, timesteps=torch.tensor([1, 2]))
+        attack(SecondOrder(), update, model, steps, task)
+    with pytest.raises(NotApplicable, match="dense_limit"):
+        attack(SecondOrder(dense_limit=8), update, model, knowledge, task)
+    with pytest.raises(NotApplicable, match="64 unknowns"):
+        few = replace(update, received={"last.bias": update.received["last.bias"]})
+        attack(SecondOrder(), few, model, knowledge, task)
+    with pytest.raises(NotApplicable, match="zero or not finite"):
+        silent = replace(update, received={n: torch.zeros_like(t) for n, t in update.received.items()})
+        attack(SecondOrder(), silent, model, knowledge, task)
+    with pytest.raises(FedattackError, match="did you mean 'step'"):
+        attack(SecondOrder(box="steps"), update, model, knowledge, task)
