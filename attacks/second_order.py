@@ -30,6 +30,7 @@ from attacks.least_squares import (
     numerical_rank,
 )
 from attacks.matching import Problem, check_options, pose
+from attacks.timesteps import with_timesteps
 from fedattack.errors import FedattackError, NotApplicable, one_of
 from fedattack.tasks import Diffusion, Task, bind
 from fedattack.types import Knowledge, Progress, Reconstruction, State, Update, silent
@@ -91,12 +92,25 @@ class SecondOrder:
         begun = perf_counter()
         if task.name == "classification" and knowledge.labels is None:
             knowledge = replace(knowledge, labels=infer_labels(update, model, knowledge, generator=generator))
+        if task.name == "diffusion" and knowledge.timesteps is None:
+            knowledge = _told_timesteps(update, model, task, knowledge)
         problem = pose(update, model, task, knowledge, precision=self.precision)
-        if "timesteps" in problem.unknown:
-            raise NotApplicable("timesteps must be known: they are integers, not unknowns of a least-squares problem")
         equations = Equations.of(problem, update)
         search = _search_noisy if "noise" in problem.unknown else _search_images
         return search(self, problem, equations, generator, progress, begun)
+
+
+def _told_timesteps(update: Update, model: nn.Module, task: Task, knowledge: Knowledge) -> Knowledge:
+    """Timesteps are integers, no unknowns of a least-squares problem: they are read off the time embedding first.
+
+    They come without an order. That is no loss where the images have none either: in one local step with unknown noise.
+    """
+    several = (knowledge.local_steps or 1) > 1
+    if several or (knowledge.noise is not None and (knowledge.batch_size or 1) > 1):
+        raise NotApplicable(
+            "timesteps must be known: those of several steps, or beside given noise, cannot be put in order"
+        )
+    return with_timesteps(update, model, task, knowledge)
 
 
 # ---------------------------------------------------------------------------------------------------- equations

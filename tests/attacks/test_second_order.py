@@ -337,6 +337,9 @@ def test_a_unet_with_attention_gives_image_and_noise(random_images):
     found = attack(SecondOrder(restarts=6), update, model, knowledge, task)
     assert found.diagnostics["certified"] == 1.0
     assert float(psnr_db(found.images, images)) > 80
+    blind = attack(SecondOrder(restarts=6), update, model, replace(knowledge, timesteps=None), task)
+    assert blind.timesteps.tolist() == [100], "noise AND timestep unknown: the timestep is read off first"
+    assert torch.equal(blind.images, found.images)
 
 
 # ------------------------------------------------------------------------------------------------ refusals
@@ -344,7 +347,7 @@ def test_what_it_cannot_do_it_says(make_update, random_images):
     task, model, images = Diffusion(), denoiser(), random_images((1, 2, 4, 4))
     _, update, knowledge = diffusion_update(model, task, images, [100])
     with pytest.raises(NotApplicable, match="timesteps must be known"):
-        attack(SecondOrder(), update, model, replace(knowledge, timesteps=None), task)
+        attack(SecondOrder(), update, model, replace(knowledge, timesteps=None, local_steps=2, learning_rate=0.1), task)
     with pytest.raises(NotApplicable, match="one local step"):
         steps = replace(knowledge, local_steps=2, learning_rate=0.1, timesteps=torch.tensor([1, 2]))
         attack(SecondOrder(), update, model, steps, task)
