@@ -119,10 +119,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSONL file for the rows")
     given = parser.parse_args(arguments)
     images = load_dataset("patches", image_size=SIZE).private.images()
-    rows: list[dict[str, Any]] = []
     rates = {"set": "set", "all": "all", "no_twins": "no twins", "hits": "hits", "music_hits": "MUSIC hits"}
     rates |= {"exact": "exact", "inside": "99 % set"}
     head = f"| width | trained | B | dtype | σ/rms | {' | '.join(rates.values())} | median distance | ms |"
+    if given.out:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text("")
     with torch_threads(1):
         victims = {
             (width, steps): victim(width, steps, images) for width in given.widths for steps in given.training_steps
@@ -135,14 +137,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for batch, dtype, sigma in settings:
                     shared = {"batch": batch, "dtype": dtype, "sigma": sigma}
                     found = cell(model, images, **shared, known=sigma > 0, repeats=given.repeats, seed=given.seed)
-                    rows.append({"width": width, "training_steps": steps, **shared, "repeats": given.repeats, **found})
+                    row = {"width": width, "training_steps": steps, **shared, "repeats": given.repeats, **found}
+                    if given.out:  # row by row: an interrupted run keeps what it has
+                        with given.out.open("a") as file:
+                            file.write(json.dumps(row) + "\n")
                     figures = " | ".join(f"{found[key]:.2f}" for key in rates)
                     ends = f"{found['median_distance']:.1f} | {found['milliseconds']:.0f}"
                     print(f"| {width} | {steps} | {batch} | {dtype} | {sigma:g} | {figures} | {ends} |", flush=True)
             print()
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return 0
 
 
