@@ -120,7 +120,7 @@ def plan_jobs(settings: Settings, run: RunFolder, update_path: Path, *, timeout_
             attack=attack.name,
             parameters=attack.parameters,
             knowledge=scalars,
-            tensors=str(tensors_path.resolve()) if tensors_path.exists() else "",
+            tensors=str(tensors_path.resolve()) if set(known) & ORACLES else "",
             public_images=str(folder.public_images.resolve()) if shows_public else "",
             public_count=settings.threat.public_images,
             seed=settings.seed,

@@ -3,17 +3,17 @@
 Scores are computed once a job and kept; the rows file is written anew from them, so it never holds a job twice.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fedattack.config import Experiment, Settings
+from fedattack.config import AttackSettings, Experiment, Settings
 from fedattack.errors import FedattackError
 from fedattack.jobs import Job, load_outcome, reconstruction_path
 from fedattack.metrics import baselines, matched_images, score
-from fedattack.planning import cell_facts, job_id, jobs_of, read_truth, row_facts, updates_of
+from fedattack.planning import cell_facts, job_id, read_truth, row_facts, updates_of
 from fedattack.seeding import derive_generator
 from fedattack.store import (
     FederationFolder,
@@ -34,15 +34,11 @@ Row = dict[str, Any]
 NO_TRUTH = "no truth was recorded (a deployment has no witness)"
 
 
-def score_run(
-    run: RunFolder, experiment: Experiment, *, on_progress: Callable[[int, int], None] | None = None
-) -> list[Row]:
+def score_run(run: RunFolder, experiment: Experiment) -> list[Row]:
     """Score every finished job of the experiment and its baselines; writes rows.jsonl, history.jsonl and incidents.jsonl."""
     rows: list[Row] = []
-    for number, settings in enumerate(experiment.cells):
+    for settings in experiment.cells:
         rows += _cell_rows(run, settings, experiment.score.lpips)
-        if on_progress is not None:
-            on_progress(number + 1, len(experiment.cells))
     write_rows(run.rows, rows)
     _gather(run, experiment, "history")
     _gather(run, experiment, "incidents")
@@ -51,15 +47,15 @@ def score_run(
 
 def _cell_rows(run: RunFolder, settings: Settings, lpips: Sequence[str]) -> Iterator[Row]:
     folder = run.federation(settings.federation_id)
-    if not updates_of(folder):
+    updates = updates_of(folder)
+    if not updates:
         nothing = "no update was copied" + (": see the incidents" if folder.incidents.exists() else " yet")
         facts = cell_facts(settings) | {"kind": "attack", "status": "failed", "error": nothing, "oracles": []}
         yield from (facts | {"attack": attack.name, "attack_spec": attack.spec} for attack in settings.attack)
-    for update_path in updates_of(folder):
+    for update_path in updates:
         truth = read_truth(folder, update_path)
-        for path, job in jobs_of(settings, run):
-            if path == update_path:
-                yield _attack_row(run, settings, job, update_path, truth, lpips)
+        for attack in settings.attack:
+            yield _attack_row(run, settings, attack, update_path, truth, lpips)
         if truth is not None and folder.public_images.exists() and settings.attack:
             yield from _baseline_rows(run, settings, folder, update_path, truth, lpips)
 
@@ -67,15 +63,15 @@ def _cell_rows(run: RunFolder, settings: Settings, lpips: Sequence[str]) -> Iter
 def _attack_row(
     run: RunFolder,
     settings: Settings,
-    job_name: str,
+    attack: AttackSettings,
     update_path: Path,
     truth: dict[str, Tensor] | None,
     lpips: Sequence[str],
 ) -> Row:
-    """The row of a job; status "pending" while it has no outcome."""
+    """The row of an attack on an update; status "pending" while its job has no outcome."""
+    job_name = job_id(settings, update_path, attack)
     outcome = load_outcome(run.results, job_name)
     if outcome is None:
-        attack = next(a for a in settings.attack if job_id(settings, update_path, a) == job_name)
         client, _, number = update_path.stem.rpartition("-round-")
         who = {"client": client, "round": int(number), "attack": attack.name, "attack_spec": attack.spec, "oracles": []}
         pending = {"job": job_name, "kind": "attack", "status": "pending", "error": "not run yet: start the run again"}
@@ -123,10 +119,11 @@ def _baseline_rows(
     lpips: Sequence[str],
 ) -> Iterator[Row]:
     update, _ = load_update(update_path)
-    public = read_tensors(folder.public_images)[0]["images"][: settings.threat.public_images or None]
+    count = settings.threat.public_images  # what the attacker has; the auditor's yardstick is all where it has none
+    public = read_tensors(folder.public_images)[0]["images"][: count or None]
     generator = derive_generator(settings.seed, "baseline", settings.federation_id, update_path.stem)
     for name, images in baselines(public.float(), truth["images"].float(), generator=generator).items():
-        job = f"{settings.federation_id}--{update_path.stem}--{name}"
+        job = f"{settings.federation_id}--{update_path.stem}--{name}-of-{count}"
         kept = run.scores / f"{job}.json"
         if kept.exists() and read_json(kept)["lpips_nets"] == list(lpips):
             scored = read_json(kept)

@@ -1,6 +1,5 @@
 """Train the federations of an experiment on a Grid, copy the updates, hand the copies to the attack pool."""
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,8 +18,6 @@ from fedattack.types import State, Update
 from strategies.attack_pool import AttackPool
 from strategies.honest_but_curious import HonestButCurious, Incident
 from strategies.inspection import to_state
-
-log = logging.getLogger("fedattack.server")
 
 PUBLIC_STORED = 1024
 """Public images kept with a federation at least, so that a later cell may be given more than an earlier one."""
@@ -125,9 +122,8 @@ def _train(
         kind="gradient" if federation.protocol == "fedsgd" else "weights",
         on_incident=report,
     )
-    with seeded_global_generators(
-        derive_seed(settings.seed, "server")
-    ):  # Flower samples clients and DP noise from them
+    # Flower samples clients and draws server-side noise from the global generators
+    with seeded_global_generators(derive_seed(settings.seed, "server")):
         result = strategy.start(
             grid,
             ArrayRecord(dict(state)),
@@ -146,12 +142,16 @@ def _train_under_secagg(
     """Flower's older path, in which SecAgg+ lives: only the mean of a round can be copied."""
     from strategies.secure_aggregation import train_under_secagg
 
+    def wanted(update: Update) -> None:
+        if not settings.capture.rounds or update.round in settings.capture.rounds:
+            sink(update)
+
     return train_under_secagg(
         grid,
         settings,
         state,
         config,
-        sink=sink,
+        sink=wanted,
         measure=measure,
         on_failure=lambda number, problem: report(Incident(number, "server", (problem,))),
     )

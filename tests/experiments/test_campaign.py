@@ -9,7 +9,7 @@ import torch
 from experiments.campaign import load_run, run_campaign
 from fedattack.config import Experiment, parse_config
 from fedattack.jobs import Job, load_knowledge, outcome_path
-from fedattack.planning import jobs_of
+from fedattack.planning import jobs_of, plan_jobs
 from fedattack.registry import STRATEGIES
 from fedattack.scoring import score_run
 from fedattack.store import RunFolder, load_update, read_rows, save_update
@@ -194,6 +194,38 @@ def test_every_named_strategy_runs_and_is_reproducible(strategy: str, tmp_path, 
     found = [[(row["client"], row["round"], row["psnr_db"]) for row in attacks(run)] for run in runs]
     assert len(found[0]) == 8
     assert found[0] == found[1], "Flower's own noise and sampling must follow the run's seed"
+
+
+def test_capture_selects_rounds_of_a_secret_aggregate_too(tmp_path, one_thread) -> None:
+    config = experiment(
+        model={"name": "lenet"},
+        federation={"clients": 3, "rounds": 2, "protocol": "fedavg", "mods": ["secaggplus"]},
+        capture={"rounds": [2]},
+        attack=[{"name": "inverting-gradients", "iterations": 1}],
+    )
+    rows = attacks(run_campaign(config, tmp_path / "run").run)
+    assert [(row["client"], row["round"]) for row in rows] == [("aggregate", 2)]
+
+
+def test_baselines_follow_the_public_images_of_their_own_case(tmp_path, one_thread) -> None:
+    config = experiment(threat={"public_images": [3, 150]}, federation={"clients": 1, "rounds": 1})
+    rows = list(read_rows(run_campaign(config, tmp_path / "run").run.rows))
+    nearest = [row["psnr_db"][0] for row in rows if row["attack"] == "nearest-public"]
+    assert nearest[0] < nearest[1], "three public images cannot be as near as a hundred and fifty"
+
+
+def test_an_oracle_left_behind_is_given_to_nobody(tmp_path, one_thread) -> None:
+    """A knowledge file of an earlier run is no knowledge: where no truth is there to reveal, the job gets none."""
+    config = experiment(threat={"model": "labels-known"}, federation={"clients": 1, "rounds": 1})
+    run = run_campaign(config, tmp_path / "run").run
+    (update,) = run.path.glob("federations/*/updates/*.safetensors")
+    (told,) = plan_jobs(config.cells[0], run, update, timeout_seconds=1.0)
+    assert load_knowledge(told).labels is not None
+    for truth in run.path.glob("federations/*/truth/*"):
+        truth.unlink()
+    (job,) = plan_jobs(config.cells[0], run, update, timeout_seconds=1.0)
+    assert load_knowledge(job).labels is None
+    assert job.facts["oracles"] == []
 
 
 def test_public_images_are_as_many_as_the_row_says(tmp_path, one_thread) -> None:
