@@ -74,7 +74,8 @@ def run(
 ) -> None:
     """Train, attack, score, and write the report. A rerun goes on where an earlier one stopped.
 
-    A list where one value is expected multiplies: defense = ["none", "gaussian-noise(sigma=0.01)"] runs both.
+    CONFIG is a TOML file such as experiments/recipes/demo.toml; OVERRIDES are changes to it as key=value, for example
+    federation.rounds=5 or 'model.name=["mlp", "lenet"]'. A list where one value is expected multiplies.
     """
     from fedattack.config import load_config
 
@@ -132,7 +133,10 @@ def attack(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads; small models are fastest with one.")] = 1,
 ) -> None:
-    """Attack one copied update offline. Needs neither Flower nor Ray, so it runs on any machine with torch."""
+    """Attack one copied update offline. Needs neither Flower nor Ray, so it runs on any machine with torch.
+
+    UPDATE is a file that the curious server wrote, such as copies/client-0-round-1.safetensors.
+    """
     from fedattack.config import toml_value
     from fedattack.jobs import Job, outcome_path, reconstruction_path, run_job, save_knowledge, torch_threads
     from fedattack.planning import server_facts
@@ -201,7 +205,7 @@ def report(
     montage: Annotated[Path | None, typer.Option(help="Also write one picture (PNG) of all cases.")] = None,
     markdown: Annotated[bool, typer.Option(help="Also print the table as Markdown.")] = False,
 ) -> None:
-    """Score what a run has so far and write its report again."""
+    """Score what a run has so far and write its report again. FOLDER is a run folder, such as runs/demo."""
     from fedattack.finishing import finish_run, reopen_run
     from fedattack.report import markdown_table, write_montage, write_table
     from fedattack.store import RunFolder, read_rows
@@ -227,7 +231,7 @@ def report(
 
 @app.command("list")
 def list_plugins(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
-    """List what is registered, with parameters and their defaults."""
+    """List what is registered, with parameters and their defaults: attacks, defenses, models, datasets, strategies, mods."""
     from fedattack import registry
 
     found: registry.Registry = getattr(registry, kind.name.upper())
