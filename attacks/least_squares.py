@@ -14,11 +14,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp, vmap
+from torch.func import jvp, vjp
 
-Function = Callable[[Tensor], Tensor]
-"""A vector to a vector, usable under torch.func."""
-
+from fedattack.jacobians import Function, jacobian_transposed
+from fedattack.jacobians import by_rows as by_rows
 
 PATIENCE, STALLED = 10, 0.98
 """A search is given up where the last so many trials together have not lowered ‖ρ‖² to this share."""
@@ -182,31 +181,6 @@ class Dense:
 
     def linear(self) -> DenseLinear:
         return DenseLinear.of(self.residual, jacobian_transposed(self.function, self.x, self.chunk))
-
-
-def jacobian_transposed(function: Function, x: Tensor, chunk: int) -> Tensor:
-    """(unknowns, equations): row i is ∂function/∂x_i by forward mode, `chunk` rows at a time."""
-
-    def column(direction: Tensor) -> Tensor:
-        derivative: Tensor = jvp(function, (x,), (direction,))[1]
-        return derivative
-
-    return by_rows(column, len(x), chunk, x)
-
-
-def by_rows(row: Function, count: int, chunk: int, like: Tensor) -> Tensor:
-    """row(e_i) for every unit vector e_i of so many entries, stacked; vmapped over `chunk` of them where the model can."""
-    units = torch.eye(count, dtype=like.dtype, device=like.device)
-    parts: list[Tensor] = []
-    with torch.no_grad():
-        try:
-            for some in torch.split(units, chunk):
-                parts.append(vmap(row)(some))
-        except (RuntimeError, ValueError) as reason:
-            if "vmap" not in str(reason) and "batch" not in str(reason):
-                raise
-            parts = [torch.stack([row(unit) for unit in units])]
-    return torch.cat(parts)
 
 
 # ---------------------------------------------------------------------------------------------------- matrix-free
