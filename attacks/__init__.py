@@ -5,5 +5,9 @@ ATTACKS: dict[str, str] = {
     "dlg": "attacks.dlg:DLG",
     "idlg": "attacks.idlg:IDLG",
     "inverting-gradients": "attacks.inverting_gradients:InvertingGradients",
+    "gidm": "attacks.gidm:GIDM",
+    "generative": "attacks.gidm:Generative",
+    "dlg-dm": "attacks.gidm_baselines:DLGdm",
+    "invg-dm": "attacks.gidm_baselines:InvGdm",
     "second-order": "attacks.second_order:SecondOrder",
 }

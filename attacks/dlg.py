@@ -3,8 +3,8 @@
 Source: Zhu, Liu, Han, "Deep Leakage from Gradients", NeurIPS 2019 (arXiv 1906.08935), Algorithm 1 and Eq. 2-4.
 Differs from it: a strong-Wolfe line search (the paper steps with rate 1 and diverges for about one seed in three);
 several restarts of which the one with the lowest matching loss is kept; any private variable that the threat model hides
-is a dummy too (noise and timesteps of a diffusion model), and any that it shows is not; a result within 1e-7 of the
-update ends the search.
+is a dummy too (noise and timesteps of a diffusion model), and any that it shows is not; timesteps are read off the update
+where they can be; a result within 1e-7 of the update ends the search.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from attacks.matching import DISTANCES, check_options, lbfgs, pose, reconstruction
+from attacks.timestep_sources import check_source, settle_timesteps
 from fedattack.tasks import Task
 from fedattack.types import Knowledge, Progress, Reconstruction, Update, silent
 
@@ -25,7 +26,7 @@ class DLG:
 
     iterations: outer L-BFGS calls of up to 20 steps. start: "normal" as in the paper, "uniform", or "grey" (0.5 + small
     noise, the surest on natural images). distance: "l2", "relative-l2", "cosine". precision: "float32", "float64" or
-    None for the update's own.
+    None for the update's own. timesteps (of diffusion models, where hidden): "leak", read off the update, or "relaxed".
     """
 
     name: ClassVar[str] = "dlg"
@@ -41,9 +42,11 @@ class DLG:
     line_search: bool = True
     success: float = 1e-7
     precision: str | None = "float64"
+    timesteps: str = "leak"
 
     def __post_init__(self) -> None:
         check_options(self.distance, self.start, self.iterations)
+        check_source(self.timesteps)
 
     def reconstruct(
         self,
@@ -56,6 +59,7 @@ class DLG:
         progress: Progress = silent,
     ) -> Reconstruction:
         begun = perf_counter()
+        knowledge, diagnostics = settle_timesteps(update, model, task, knowledge, self.timesteps)
         problem = pose(update, model, task, knowledge, precision=self.precision)
         match = lbfgs(
             problem,
@@ -68,4 +72,6 @@ class DLG:
             success=self.success**2,
             progress=progress,
         )
-        return reconstruction(problem, match, perf_counter() - begun)
+        found = reconstruction(problem, match, perf_counter() - begun)
+        found.diagnostics.update(diagnostics)
+        return found

@@ -3,8 +3,8 @@
 Source: Geiping, Bauermeister, Dröge, Moeller, "Inverting Gradients - How easy is it to break privacy in federated
 learning?", NeurIPS 2020 (arXiv 2003.14053), Eq. 4; section 6 for several local steps (the unrolled update is matched).
 Differs from it: step size and TV weight are in units of [0, 1] pixels (the authors' are in units of pixels divided by the
-data's standard deviation, about a quarter); where labels are hidden they are read off the last layer first; the restart
-with the lowest final objective is kept; all restarts run together.
+data's standard deviation, about a quarter); where labels are hidden they are read off the last layer first, and
+timesteps off the time embedding; the restart with the lowest final objective is kept; all restarts run together.
 """
 
 from dataclasses import dataclass, replace
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from attacks.labels import infer_labels
 from attacks.matching import DISTANCES, adam, check_options, pose, reconstruction, total_variation
+from attacks.timestep_sources import check_source, settle_timesteps
 from fedattack.tasks import Task
 from fedattack.types import Knowledge, Progress, Reconstruction, Update, silent
 
@@ -25,7 +26,8 @@ class InvertingGradients:
     """Cosine matching + total variation, signed Adam with step decay, box constraint, restarts in one batch.
 
     learning_rate in [0, 1] pixels a step; tv_weight multiplies the mean absolute neighbour difference; start "normal",
-    "uniform" or "grey"; precision "float32", "float64" or None for the update's own.
+    "uniform" or "grey"; precision "float32", "float64" or None for the update's own. timesteps (of diffusion models, where
+    hidden): "leak", read off the update, or "relaxed", optimised as real numbers.
     """
 
     name: ClassVar[str] = "inverting-gradients"
@@ -41,9 +43,11 @@ class InvertingGradients:
     signed: bool = True
     boxed: bool = True
     precision: str | None = None
+    timesteps: str = "leak"
 
     def __post_init__(self) -> None:
         check_options(self.distance, self.start, self.iterations)
+        check_source(self.timesteps)
 
     def reconstruct(
         self,
@@ -58,6 +62,7 @@ class InvertingGradients:
         begun = perf_counter()
         if task.name == "classification" and knowledge.labels is None:
             knowledge = replace(knowledge, labels=infer_labels(update, model, knowledge, generator=generator))
+        knowledge, diagnostics = settle_timesteps(update, model, task, knowledge, self.timesteps)
         scale_free = self.distance == "cosine"
         problem = pose(update, model, task, knowledge, precision=self.precision, scale_free=scale_free)
         match = adam(
@@ -71,7 +76,9 @@ class InvertingGradients:
             boxed=self.boxed,
             progress=progress,
         )
-        return reconstruction(problem, match, perf_counter() - begun)
+        found = reconstruction(problem, match, perf_counter() - begun)
+        found.diagnostics.update(diagnostics)
+        return found
 
     def _prior(self, images: Tensor) -> Tensor:
         return self.tv_weight * total_variation(images)

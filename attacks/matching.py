@@ -51,6 +51,9 @@ def cosine(simulated: State, observed: State) -> Tensor:
 STARTS = {"uniform": 0.0, "normal": 0.5, "grey": 0.1}
 """How an attack's images may start; the number is the standard deviation around 0.5 of those that are normal."""
 
+TIMESTEP_RATE = 1.0
+"""Adam's rate for relaxed timesteps, in timesteps."""
+
 DISTANCES: dict[str, Distance] = {"l2": squared_l2, "relative-l2": relative_l2, "cosine": cosine}
 
 
@@ -237,11 +240,14 @@ def adam(
 ) -> Match:
     """Adam on all unknowns of all restarts at once; the rate falls tenfold at the given shares of the iterations.
 
-    `signed` replaces each gradient by its sign, `boxed` projects onto the variables' boxes after every step.
+    Timesteps have a rate of their own, TIMESTEP_RATE: their box is hundreds of times wider than any other. `signed` replaces
+    each gradient by its sign, `boxed` projects onto the variables' boxes after every step.
     """
     losses_of = objective(problem, distance, penalty)
     guesses = {name: value.clone().requires_grad_() for name, value in start.items()}
-    optimizer = torch.optim.Adam(list(guesses.values()), lr=learning_rate)
+    rates = {"timesteps": TIMESTEP_RATE}
+    groups = [{"params": [value], "lr": rates.get(name, learning_rate)} for name, value in guesses.items()]
+    optimizer = torch.optim.Adam(groups)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [int(share * iterations) for share in decay_at], 0.1)
     history = []
     for iteration in range(iterations):

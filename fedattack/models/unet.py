@@ -6,6 +6,7 @@ Differs from it: attention without the fused kernel (which has no second derivat
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,20 @@ class TimeProjection(nn.Module):
         return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
+def twice_differentiable(unet: Any) -> Any:
+    """A diffusers U-Net in place, with attention that has a second derivative and timesteps as exact as its precision."""
+    from diffusers.models.attention_processor import Attention, AttnProcessor
+
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            module.set_processor(AttnProcessor())
+            module.upcast_softmax = False  # "up" to float32: a rounding of 1e-8 in a float64 model
+    config = unet.config
+    if config.time_embedding_type == "positional" and config.flip_sin_to_cos and config.freq_shift == 0:
+        unet.time_proj = TimeProjection(config.block_out_channels[0])
+    return unet
+
+
 class UNet(nn.Module):
     """(images (B,C,H,W) as the task scales them, timesteps (B,) integer or real) -> predicted noise (B,C,H,W).
 
@@ -52,7 +67,6 @@ class UNet(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         from diffusers import UNet2DModel
-        from diffusers.models.attention_processor import Attention, AttnProcessor
 
         super().__init__()
         channels, height, width = shape3(image_shape)
@@ -68,7 +82,7 @@ class UNet(nn.Module):
             raise FedattackError(must("block_out_channels", rule, block_out_channels))
         down = ["AttnDownBlock2D" if i in attention else "DownBlock2D" for i in range(levels)]
         up = ["AttnUpBlock2D" if i in attention else "UpBlock2D" for i in reversed(range(levels))]
-        self.unet = UNet2DModel(
+        unet = UNet2DModel(
             sample_size=height if height == width else (height, width),
             in_channels=channels,
             out_channels=channels,
@@ -81,11 +95,7 @@ class UNet(nn.Module):
             dropout=dropout,
             add_attention=mid_attention,
         )
-        for module in self.unet.modules():
-            if isinstance(module, Attention):
-                module.set_processor(AttnProcessor())
-                module.upcast_softmax = False  # "up" to float32: a rounding of 1e-8 in a float64 model
-        self.unet.time_proj = TimeProjection(block_out_channels[0])
+        self.unet = twice_differentiable(unet)
 
     def forward(self, images: Tensor, timesteps: Tensor) -> Tensor:
         output: Tensor = self.unet(images, timesteps, return_dict=False)[0]

@@ -55,13 +55,15 @@ SMOOTH = Case("mlp", "mlp", {"hidden": (32,), "activation": "sigmoid"})
 LENET = Case("lenet", "lenet", {"channels": 12})
 DENOISER = Case("unet", "unet", UNET, task="diffusion", task_options={"num_train_timesteps": 20})
 GREY = {"start": "grey"}
+FEW = {**GREY, "learning_rate": 0.1, "sampling_steps": 1}  # first-order attacks on diffusion models in few iterations
 LADDER = [
     Rung("mlp", SMOOTH, 30, GREY),
     Rung("lenet", LENET, 30, GREY),
     Rung("mlp-longer", SMOOTH, 400, {**GREY, "tv_weight": 0.01}),
     Rung("lenet-longer", LENET, 600, {**GREY, "tv_weight": 0.01}),
-    Rung("unet-oracles", DENOISER, 30, GREY, ("noise", "timesteps")),
-    Rung("unet-oracles-longer", DENOISER, 300, {**GREY, "tv_weight": 0.01}, ("noise", "timesteps")),
+    Rung("unet-oracles", DENOISER, 60, {**FEW, "learning_rate": 0.05}, ("noise", "timesteps")),
+    Rung("unet-oracles-longer", DENOISER, 120, FEW, ("noise", "timesteps")),
+    Rung("unet-oracles-longest", DENOISER, 300, {**GREY, "tv_weight": 0.01}, ("noise", "timesteps")),
 ]
 
 
