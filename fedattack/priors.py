@@ -67,11 +67,11 @@ def prior_of(update: Update, model: nn.Module, task: Task, image_shape: tuple[in
     """The weights that the server itself sent, as a prior: no external model is needed."""
     if not isinstance(task, Diffusion):
         raise FedattackError(must("the task of a prior", "diffusion", task.name))
-    network = deepcopy(model)
+    some = next(t for t in update.sent.values() if t.is_floating_point())
+    network = deepcopy(model).to(some.device, some.dtype)
     state: State = dict(network.state_dict())
     network.load_state_dict({**state, **{name: t for name, t in update.sent.items() if name in state}})
-    some = next(t for t in update.sent.values() if t.is_floating_point())
-    return Prior(_frozen(network).to(some.device, some.dtype), task, image_shape, "sent")
+    return Prior(_frozen(network), task, image_shape, "sent")
 
 
 def load_prior(spec: str) -> Prior:
