@@ -2,10 +2,12 @@
 
 import json
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from fedattack.checkpoints import load_weights
 from fedattack.config import Settings
 from fedattack.data import ImageData, Splits, load_dataset
 from fedattack.data.partition import partition
@@ -42,6 +44,13 @@ def build_victim(settings: Settings, image_shape: tuple[int, int, int], num_clas
 def initial_state(model: nn.Module) -> State:
     """What the server sends first: parameters and floating-point buffers, no counters."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+
+
+def starting_weights(settings: Settings, model: nn.Module) -> State:
+    """What a federation begins with: the weights that the settings name, else the model's own."""
+    if not settings.model.weights:
+        return initial_state(model)
+    return load_weights(Path(settings.model.weights), model, settings.task.build())
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -247,10 +248,11 @@ def list_plugins(kind: Annotated[Kind, typer.Argument(help="What to list.")]) ->
             typer.echo(f"    {', '.join(parameters)}")
 
 
-def _say_round(settings: Any, number: int) -> None:
+def _say_round(settings: Any, number: int, figures: Mapping[str, float]) -> None:
     if number:
         federation = settings.federation
-        typer.echo(f"  {settings.title} [{federation.defense}]: round {number} of {federation.rounds} over")
+        said = "".join(f", {name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
+        typer.echo(f"  {settings.title} [{federation.defense}]: round {number} of {federation.rounds} over{said}")
 
 
 def _by_name(module: str) -> Any:

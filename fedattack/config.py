@@ -13,6 +13,7 @@ its own. All problems of all cells are reported at once, with file and key, befo
 import hashlib
 import itertools
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,9 @@ from fedattack.tasks import TASKS, Task, build_task
 
 Options = dict[str, Any]
 
+FINAL = "final"
+"""The value of threat.prior that stands for the model with which the federation ends."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -60,6 +64,9 @@ class ModelSettings(_Section):
 
     name: str = "lenet"
     options: Options = Field(default_factory=dict)
+    weights: str = Field(
+        "", description="start from these: a diffusers pipeline or U-Net folder, or a model.safetensors; empty: random"
+    )
     mode: Literal["train", "eval"] = Field("train", description="mode of BatchNorm and dropout during local training")
 
 
@@ -110,6 +117,21 @@ class CaptureSettings(_Section):
 
     rounds: tuple[int, ...] = ()
     clients: tuple[int, ...] = ()
+    enabled: bool = Field(True, description="false: copy nothing and write no truth (training for its own sake)")
+
+
+class CheckpointSettings(_Section):
+    """What training leaves behind for later use, in checkpoints/round-… of the federation's folder."""
+
+    every: int = Field(0, ge=0, description="rounds between checkpoints; 0: only one, at the end")
+    ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay of a moving average of the global model over rounds, saved beside it; 0: none",
+    )
+    samples: int = Field(0, ge=0, description="images drawn from a DDPM at every checkpoint (from the average, if any)")
+    sample_steps: int = Field(50, ge=1, description="steps of the DDIM sampler that draws them")
 
 
 class ThreatSettings(_Section):
@@ -119,6 +141,11 @@ class ThreatSettings(_Section):
     reveal: tuple[str, ...] = ()
     hide: tuple[str, ...] = ()
     public_images: int = Field(256, ge=0, description="how many public images the attacker has")
+    prior: str = Field(
+        "",
+        description='a diffusers DDPM the attacker has: a folder, a hub name "org/name", or "final": what this federation '
+        "ends with (its moving average where there is one; attacks then start when training is over); empty: none",
+    )
 
     def visible(self) -> frozenset[str]:
         return visible_fields(self.model, self.reveal, self.hide)
@@ -167,6 +194,7 @@ class Settings(_Section):
     task: TaskSettings = Field(default_factory=TaskSettings)
     federation: FederationSettings = Field(default_factory=FederationSettings)
     capture: CaptureSettings = Field(default_factory=CaptureSettings)
+    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
     threat: ThreatSettings = Field(default_factory=ThreatSettings)
     attack: tuple[AttackSettings, ...] = ()
 
@@ -181,7 +209,12 @@ class Settings(_Section):
     @property
     def federation_id(self) -> str:
         """A name for the federation of this cell: the same settings (attacks aside) give the same name."""
-        relevant = self.model_dump(mode="json", exclude={"attack", "title", "threat"})
+        relevant = self.model_dump(mode="json", exclude={"attack", "title", "threat", "checkpoint"})
+        if self.checkpoint != CheckpointSettings():
+            relevant["checkpoint"] = self.checkpoint.model_dump(mode="json")
+        for section, key in (("model", "weights"), ("capture", "enabled")):  # left out where they say nothing
+            if relevant[section][key] in ("", True):
+                del relevant[section][key]
         digest = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:10]
         return f"{self.model.name.replace(':', '.')}-{self.federation.protocol}-{digest}"
 
@@ -303,6 +336,8 @@ def check_settings(settings: Settings, source: _Source | None = None) -> list[st
     else:
         wrong = parameter_problems(TASKS[settings.task.name], settings.task.options)
         problems.extend(source.at(f"task.options: {problem}") for problem in wrong)
+        if not wrong:
+            problems.extend(source.at(problem) for problem in _task_problems(settings))
     check("federation.strategy", STRATEGIES, federation.strategy_name, federation.strategy_options, ("federation",))
     try:
         for defense, parameters in federation.defenses():
@@ -338,6 +373,8 @@ def check_settings(settings: Settings, source: _Source | None = None) -> list[st
             )
     if federation.batch_size > federation.images_per_round:
         problems.append(source.at("federation.batch_size: must be at most the images used in a round (examples)"))
+    if settings.attack and not settings.capture.enabled:
+        problems.append(source.at("capture.enabled: must be true where there are attacks, which need copies"))
     try:
         settings.threat.visible()
     except FedattackError as error:
@@ -400,6 +437,38 @@ def _try_model(name: str, options: str, task: str, size: int) -> str:
         return f"{name} is no model for task {task}"
     fits = output.shape == image.shape if task == "diffusion" else output.ndim == 2
     return "" if fits else f"{name} is no model for task {task}"
+
+
+def _task_problems(settings: Settings) -> list[str]:
+    """Values of the task's options, and what must agree with the task: starting weights, checkpoints, prior."""
+    from fedattack.checkpoints import weights_problems
+
+    try:
+        task = settings.task.build()
+    except (FedattackError, TypeError) as error:
+        return [f"task.options: {error}"]
+    problems: list[str] = []
+    if settings.model.weights:
+        problems += [f"model.weights: {problem}" for problem in weights_problems(Path(settings.model.weights), task)]
+    checkpoint, prior = settings.checkpoint, settings.threat.prior
+    if task.name != "diffusion":
+        if checkpoint.samples:
+            problems.append(f"checkpoint.samples: only a DDPM can draw images, must be 0 for task {task.name!r}")
+        if prior == FINAL:
+            problems.append(f"threat.prior: the final model of task {task.name!r} is no DDPM")
+    elif checkpoint.samples and checkpoint.sample_steps > (T := settings.task.options.get("num_train_timesteps", 1000)):
+        problems.append(f"checkpoint.sample_steps: must be at most num_train_timesteps ({T})")
+    if prior and prior != FINAL:
+        found = Path(prior).expanduser()
+        if found.exists() and not (found / "model_index.json").is_file():
+            problems.append(
+                f"threat.prior: must be the folder of a diffusers pipeline (model_index.json), got {prior!r}"
+            )
+        elif not found.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", prior):
+            problems.append(
+                f"threat.prior: must be an existing folder, a hub name org/name or {FINAL!r}, got {prior!r}"
+            )
+    return problems
 
 
 def _strategy_problems(federation: FederationSettings) -> list[str]:

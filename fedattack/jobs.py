@@ -7,17 +7,17 @@ carries an update, how to rebuild model and task, and a `Knowledge`.
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedattack.errors import AttackTimeout, FedattackError, MissingKnowledge, NotApplicable, must
+from fedattack.errors import AttackTimeout, FedattackError, MalformedUpdate, MissingKnowledge, NotApplicable, must
 from fedattack.knowledge import ORACLES
-from fedattack.models import build_model
+from fedattack.models import build_model, misfits
 from fedattack.registry import ATTACKS, format_spec
 from fedattack.seeding import derive_generator
 from fedattack.store import (
@@ -28,7 +28,7 @@ from fedattack.store import (
     write_json,
     write_tensors,
 )
-from fedattack.tasks import build_task
+from fedattack.tasks import build_task, parameter_names
 from fedattack.types import Attack, Knowledge, Progress, Reconstruction, Update, silent
 
 
@@ -174,7 +174,8 @@ def attack_update(
     """Rebuild model and task from `context` and run the attack; its needs are checked before any compute.
 
     context: {"model": {"name", "options"}, "image_shape", "num_classes", "mode", "task": {"name", "options"}}.
-    Raises NotApplicable or MissingKnowledge where the attack cannot start.
+    Raises NotApplicable or MissingKnowledge where the attack cannot start, MalformedUpdate where the update is not the
+    model's, FedattackError where known timesteps or noise cannot be the task's.
     """
     task = build_task(context["task"]["name"], context["task"].get("options"))
     if task.name not in attack.tasks:
@@ -189,10 +190,24 @@ def attack_update(
         **context["model"].get("options", {}),
     )
     model.train(context.get("mode", "train") == "train").to(device)
+    check_update(update, model)
+    with suppress(MissingKnowledge):  # not every attack needs to know how large the unknowns are
+        task.variables(knowledge)
     found = attack.reconstruct(
         _moved(update, device), model, task, _moved_knowledge(knowledge, device), generator=generator, progress=progress
     )
     return replace(found, **{f.name: _to_cpu(getattr(found, f.name)) for f in fields(found)})
+
+
+def check_update(update: Update, model: nn.Module) -> None:
+    """Raise MalformedUpdate, naming tensors and shapes, where sent or received tensors are not those of the model."""
+    trained = parameter_names(model)
+    for part, state in (("sent", update.sent), ("received", update.received)):
+        if wrong := misfits(model, state, trained):
+            more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+            raise MalformedUpdate(
+                f"what was {part} must fit the model {type(model).__name__}: {'; '.join(wrong[:3])}{more}"
+            )
 
 
 def _reconstruct(job: Job, device: torch.device, progress: Progress) -> Reconstruction:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedattack.config import AttackSettings, Settings
+from fedattack.checkpoints import best_weights
+from fedattack.config import FINAL, AttackSettings, Settings
 from fedattack.jobs import Job, save_knowledge
 from fedattack.knowledge import ORACLES, build_knowledge
 from fedattack.registry import ATTACKS, DEFENSES
@@ -94,12 +95,22 @@ def read_truth(folder: FederationFolder, update_path: Path) -> dict[str, Tensor]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else None
 
 
+def prior_of(settings: Settings, folder: FederationFolder) -> str:
+    """threat.prior as an attack can load it: an absolute folder or a hub name, "" for none."""
+    prior = settings.threat.prior
+    if prior == FINAL:
+        return str(best_weights(folder.checkpoint(settings.federation.rounds)).resolve())
+    return str(path.resolve()) if prior and (path := Path(prior).expanduser()).exists() else prior
+
+
 def plan_jobs(settings: Settings, run: RunFolder, update_path: Path, *, timeout_seconds: float) -> list[Job]:
     """One job for every attack of the cell on one update; the oracles of the threat model are looked up here, by name."""
     folder = run.federation(settings.federation_id)
     update, context = load_update(update_path)
     visible = settings.threat.visible()
     facts = server_facts(update, context, settings.federation.defense)
+    if prior := prior_of(settings, folder):
+        facts["prior"] = prior
 
     def truth() -> dict[str, Any]:
         return read_truth(folder, update_path) or {}
@@ -140,6 +151,8 @@ def plan_jobs(settings: Settings, run: RunFolder, update_path: Path, *, timeout_
 def job_id(settings: Settings, update_path: Path, attack: AttackSettings) -> str:
     """A name that says what is attacked, with a digest of how."""
     how = [attack.parameters, sorted(settings.threat.visible()), settings.threat.public_images, settings.title]
+    if settings.threat.prior:
+        how.append(settings.threat.prior)
     digest = _digest([*how, _own_source(attack.name)])
     return f"{settings.federation_id}--{update_path.stem}--{attack.name.replace(':', '.')}-{digest}"
 
@@ -166,6 +179,7 @@ def cell_facts(settings: Settings) -> dict[str, Any]:
         "case": settings.title,
         "federation": settings.federation_id,
         "model": settings.model.name,
+        "weights": settings.model.weights or "untrained",
         "dataset": settings.data.dataset,
         "task": settings.task.name,
         "protocol": federation.protocol,
@@ -177,6 +191,7 @@ def cell_facts(settings: Settings) -> dict[str, Any]:
         "local_steps": federation.local_steps,
         "precision": settings.precision,
         "threat_model": settings.threat.model,
+        "prior": settings.threat.prior if "prior" in settings.threat.visible() else "",
         "seed": settings.seed,
     }
 

@@ -261,6 +261,19 @@ class FederationFolder:
         return self.path / "model.safetensors"
 
     @property
+    def progress(self) -> Path:
+        """Where an interrupted federation stands after its last completed round."""
+        return self.path / "progress.safetensors"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def checkpoint(self, server_round: int) -> Path:
+        """The folder of the checkpoint after a round: "round-012"."""
+        return self.checkpoints / f"round-{server_round:03d}"
+
+    @property
     def done(self) -> Path:
         """Its existence says that the federation trained to its end."""
         return self.path / "done.json"

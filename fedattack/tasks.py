@@ -77,6 +77,10 @@ class Classification:
         }
 
 
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
+"""The noise schedules of diffusers' DDPMScheduler; squaredcos_cap_v2 and laplace do not use beta_start and beta_end."""
+
+
 @dataclass(frozen=True)
 class Diffusion:
     """DDPM training. Private: images (B,C,H,W) in [0, 1], noise (B,C,H,W), timesteps (B,) in 0 … T−1.
@@ -98,21 +102,31 @@ class Diffusion:
     def __post_init__(self) -> None:
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise FedattackError(one_of("prediction_type", ("epsilon", "v_prediction"), self.prediction_type))
+        if self.beta_schedule not in BETA_SCHEDULES:
+            raise FedattackError(one_of("beta_schedule", BETA_SCHEDULES, str(self.beta_schedule)))
+        if type(self.num_train_timesteps) is not int or self.num_train_timesteps < 2:
+            raise FedattackError(must("num_train_timesteps", "a whole number of at least 2", self.num_train_timesteps))
+        if not 0.0 < self.beta_start <= self.beta_end < 1.0:
+            got = (self.beta_start, self.beta_end)
+            raise FedattackError(must("(beta_start, beta_end)", "0 < beta_start <= beta_end < 1", got))
         _ = self.alphas_cumprod  # now: a table first read inside a torch.func transform would be a dead wrapper
 
-    @cached_property
-    def alphas_cumprod(self) -> Tensor:
-        """ᾱ_t, (T,) float64, from the diffusers scheduler of the same settings."""
+    def scheduler(self) -> Any:
+        """A new diffusers DDPMScheduler of these settings."""
         from diffusers import DDPMScheduler
 
-        scheduler = DDPMScheduler(
+        return DDPMScheduler(
             num_train_timesteps=self.num_train_timesteps,
             beta_start=self.beta_start,
             beta_end=self.beta_end,
             beta_schedule=self.beta_schedule,
             prediction_type=self.prediction_type,
         )
-        table: Tensor = torch.cumprod(1.0 - scheduler.betas.double(), dim=0)
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """ᾱ_t, (T,) float64, from the diffusers scheduler of the same settings."""
+        table: Tensor = torch.cumprod(1.0 - self.scheduler().betas.double(), dim=0)
         return table
 
     def draw(self, images: Tensor, labels: Tensor, *, generator: torch.Generator) -> Private:
@@ -129,13 +143,29 @@ class Diffusion:
         return (predict(signal * clean + spread * noise, timesteps) - target).square().mean()
 
     def variables(self, knowledge: Knowledge) -> dict[str, Variable]:
+        """Also refuses known timesteps and noise that cannot be those of this task (FedattackError)."""
         batch, shape = _batch_and_shape(knowledge)
         draws = sum(len(indices) for indices in schedule(knowledge))
+        if knowledge.timesteps is not None:
+            self._check_timesteps(knowledge.timesteps, draws)
+        if knowledge.noise is not None and tuple(knowledge.noise.shape) != (draws, *shape):
+            raise FedattackError(
+                must("the shape of the known noise", str((draws, *shape)), tuple(knowledge.noise.shape))
+            )
         return {
             "images": Variable((batch, *shape), 0.0, 1.0),
             "noise": Variable((draws, *shape)),
             "timesteps": Variable((draws,), 0.0, float(self.num_train_timesteps - 1), discrete=True),
         }
+
+    def _check_timesteps(self, timesteps: Tensor, draws: int) -> None:
+        if tuple(timesteps.shape) != (draws,):
+            rule = f"{draws}, one for every image of every local step (batch_size, local_batch_size, local_steps)"
+            raise FedattackError(must("the number of known timesteps", rule, tuple(timesteps.shape)))
+        low, high = float(timesteps.min()), float(timesteps.max())
+        if not (low >= 0 and high <= self.num_train_timesteps - 1):
+            rule = f"in 0 … {self.num_train_timesteps - 1} (num_train_timesteps is {self.num_train_timesteps})"
+            raise FedattackError(must("known timesteps", rule, timesteps.tolist()))
 
     def _alpha_bar(self, timesteps: Tensor) -> Tensor:
         table = self.alphas_cumprod.to(timesteps.device)

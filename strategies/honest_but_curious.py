@@ -27,6 +27,9 @@ log = logging.getLogger("fedattack.server")
 
 Sink = Callable[[Update], Any]
 
+LISTED = 5
+"""Problems of one reply that are written down."""
+
 _WRAPPED = ("configure_train", "aggregate_train", "aggregate_evaluate")
 
 
@@ -197,6 +200,8 @@ class HonestButCurious(Strategy):
         return [name for name, count in holders.items() if 2 * count >= len(answers) and name in sent]
 
     def _report(self, server_round: int, client: str, problems: list[str]) -> None:
+        if len(problems) > LISTED:  # training that diverged has as many as the model has tensors
+            problems = [*problems[:LISTED], f"and {len(problems) - LISTED} more"]
         log.warning("round %d, %s: %s", server_round, client, "; ".join(problems))
         if self.on_incident is not None:
             try:

@@ -1,15 +1,15 @@
 """Victim models: images (B,C,H,W) in [0, 1] in, logits out; twice differentiable and usable under torch.func."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedattack.errors import FedattackError, must
 from fedattack.models.layers import Normalize
 from fedattack.seeding import seeded_default_generator
 
-__all__ = ["MODELS", "Normalize", "build_model", "parameter_count"]
+__all__ = ["MODELS", "Normalize", "build_model", "misfits", "parameter_count"]
 
 MODELS: dict[str, str] = {
     "mlp": "fedattack.models.mlp:mlp",
@@ -41,3 +41,16 @@ def build_model(
 def parameter_count(model: nn.Module) -> int:
     """How many numbers training changes."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def misfits(model: nn.Module, state: Mapping[str, Tensor], needed: Iterable[str]) -> list[str]:
+    """Why these tensors cannot be the model's, a line each: one of `needed` lacks, another is unknown or of another shape."""
+    own = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    own |= {name: tuple(tensor.shape) for name, tensor in model.named_buffers()}
+    found = [f"tensor {name!r} of shape {own[name]} is missing" for name in needed if name not in state]
+    for name, tensor in state.items():
+        if name not in own:
+            found.append(f"tensor {name!r} of shape {tuple(tensor.shape)} is none of the model's")
+        elif tuple(tensor.shape) != own[name]:
+            found.append(f"tensor {name!r} must be of shape {own[name]}, got {tuple(tensor.shape)}")
+    return found
