@@ -19,7 +19,7 @@ from torch.func import jvp, vjp
 from fedattack.jacobians import Function, jacobian_transposed
 from fedattack.jacobians import by_rows as by_rows
 
-PATIENCE, STALLED = 10, 0.98
+PATIENCE, STALLED = 8, 0.97
 """A search is given up where the last so many trials together have not lowered ‖ρ‖² to this share."""
 
 

@@ -4,8 +4,8 @@ Source: our own combination. Levenberg, Quart. Appl. Math. 2 (1944); Marquardt, 
 projection: Golub and Pereyra, SIAM J. Numer. Anal. 10 (1973), with Kaufman's Jacobian (BIT 15, 1975).
 Differs from it: the unknowns are private images and the equations the client's gradient, one for each weight. A
 diffusion client's gradient g = (2/m)·J(x_t)ᵀ·r is linear in the residual r = model(x_t, t) − target, so the unknown noise
-is solved for and only the noisy image x_t is searched. Layers are weighted by 1/‖g_layer‖; where there are many more weights
-than unknowns, a random sketch keeps a few equations for each unknown.
+is solved for and only the noisy image x_t is searched. Where there are many more weights than unknowns, a random sketch
+keeps a few equations for each unknown.
 """
 
 import math
@@ -36,6 +36,9 @@ from fedattack.tasks import Diffusion, Task, bind
 from fedattack.types import Knowledge, Progress, Reconstruction, State, Update, silent
 
 BOXES = ("end", "step")
+WEIGHTS = {"entries": 0.0, "balanced": 0.5, "layers": 1.0}
+"""How much a layer counts: its equations are divided by ‖g_layer‖ to this power."""
+
 EQUATIONS = 4096
 """A sketch keeps at least so many: searches of small problems get stuck less often with more, and they are cheap."""
 
@@ -48,8 +51,10 @@ class SecondOrder:
     """Exact inversion where the model is smooth and the update clean; it says by its own cost whether it succeeded.
 
     iterations: trial steps of each start; the search ends early below `tolerance`, where it stalls, or once a start is
-    certified. A cost is the mean over layers of ‖simulated − observed‖²/‖observed‖²: 1 for silence, 0 for a perfect match.
-    certified: the cost below which (with as many independent equations as unknowns) a result is called exact.
+    certified. A cost is ‖simulated − observed‖²/‖observed‖² in the weights of the search: 1 for silence, 0 for a perfect
+    match. weights: "entries" (all alike), "layers" (each divided by its norm, so that all layers count the same) or
+    "balanced" between them. certified: the cost, in "layers" weights whatever the search had, below which (with as many
+    independent equations as unknowns) a result is called exact.
     start: "grey", "normal" or "uniform", see Problem.start. box: images are clamped to [0, 1] at the "end" or after each
     "step". damping: of the first step, in units of the largest diagonal entry of JᵀJ. sketch: equations kept for each
     unknown, 0 for all, never fewer than 4,096; four times as many where noise is unknown (with fewer, most of those
@@ -62,10 +67,11 @@ class SecondOrder:
     tasks: ClassVar[frozenset[str]] = frozenset({"classification", "diffusion"})
 
     iterations: int = 60
-    restarts: int = 4
+    restarts: int = 8
     start: str = "grey"
     tolerance: float = 1e-22
     certified: float = 1e-10
+    weights: str = "entries"
     damping: float = 1e-3
     box: str = "end"
     sketch: float = 3.0
@@ -76,8 +82,9 @@ class SecondOrder:
 
     def __post_init__(self) -> None:
         check_options("l2", self.start, self.iterations)
-        if self.box not in BOXES:
-            raise FedattackError(one_of("box", BOXES, self.box))
+        for what, table, got in (("box", BOXES, self.box), ("weights", WEIGHTS, self.weights)):
+            if got not in table:
+                raise FedattackError(one_of(what, table, got))
 
     def reconstruct(
         self,
@@ -95,9 +102,9 @@ class SecondOrder:
         if task.name == "diffusion" and knowledge.timesteps is None:
             knowledge = _told_timesteps(update, model, task, knowledge)
         problem = pose(update, model, task, knowledge, precision=self.precision)
-        equations = Equations.of(problem, update)
-        search = _search_noisy if "noise" in problem.unknown else _search_images
-        return search(self, problem, equations, generator, progress, begun)
+        equations = Equations.of(problem, update, WEIGHTS[self.weights])
+        case = _Case(self, problem, equations, Equations.of(problem, update), generator, progress, begun)
+        return _search_noisy(case) if "noise" in problem.unknown else _search_images(case)
 
 
 def _told_timesteps(update: Update, model: nn.Module, task: Task, knowledge: Knowledge) -> Knowledge:
@@ -116,7 +123,7 @@ def _told_timesteps(update: Update, model: nn.Module, task: Task, knowledge: Kno
 # ---------------------------------------------------------------------------------------------------- equations
 @dataclass(frozen=True)
 class Equations:
-    """One equation for each observed weight, layers weighted so that the sum of squares is the relative cost.
+    """One equation for each observed weight, scaled so that the sum of squares is the relative cost.
 
     buckets, signs: a sparse random sketch (CountSketch: Charikar, Chen, Farach-Colton 2002) that adds every equation, with
     a random sign, to one of a few sums; None keeps them all.
@@ -129,18 +136,21 @@ class Equations:
     count: int = 0
 
     @staticmethod
-    def of(problem: Problem, update: Update) -> "Equations":
-        """Zero layers, and those that are the rounding of zero (the bias of attention's keys), are measured by the largest."""
+    def of(problem: Problem, update: Update, power: float = 1.0) -> "Equations":
+        """Each layer divided by its norm to this power; 1: the cost is the mean over layers of their relative errors.
+
+        Zero layers, and those that are the rounding of zero (the bias of attention's keys), are measured by the largest.
+        """
         norms = {name: float(tensor.norm()) for name, tensor in problem.observed.items()}
         largest = max(norms.values())
         if not (0.0 < largest < math.inf):
             raise NotApplicable("the update is zero or not finite: there is nothing to solve for")
         sent = next((t.dtype for t in update.received.values() if t.is_floating_point()), torch.float32)
         floor = 100 * torch.finfo(sent).eps * largest
-        layers = len(norms) ** 0.5
+        norms = {name: norm if norm > floor else largest for name, norm in norms.items()}
+        total = math.sqrt(sum(norm ** (2.0 - 2.0 * power) for norm in norms.values()))
         weights = {
-            name: torch.full((), 1.0 / ((norm if norm > floor else largest) * layers)).to(problem.observed[name])
-            for name, norm in norms.items()
+            name: torch.full((), norm**-power / total).to(problem.observed[name]) for name, norm in norms.items()
         }
         wanted = torch.cat([(weights[name] * tensor).reshape(-1) for name, tensor in problem.observed.items()])
         return Equations(weights, wanted, count=len(wanted))
@@ -175,16 +185,23 @@ def _chunk(equations: Equations) -> int:
     return max(1, min(64, ENTRIES // len(equations.wanted)))
 
 
+@dataclass(frozen=True)
+class _Case:
+    """What every search needs. verdict: all equations, every layer alike; the results of starts are compared by them."""
+
+    attack: SecondOrder
+    problem: Problem
+    equations: Equations
+    verdict: Equations
+    generator: torch.Generator
+    progress: Progress
+    begun: float
+
+
 # ---------------------------------------------------------------------------------------------------- known noise
-def _search_images(
-    attack: SecondOrder,
-    problem: Problem,
-    equations: Equations,
-    generator: torch.Generator,
-    progress: Progress,
-    begun: float,
-) -> Reconstruction:
+def _search_images(case: _Case) -> Reconstruction:
     """Nothing but the images is unknown."""
+    attack, problem, equations, generator = case.attack, case.problem, case.equations, case.generator
     variable = problem.unknown["images"]
     unknowns = math.prod(variable.shape)
     dense = unknowns <= attack.dense_limit
@@ -204,19 +221,13 @@ def _search_images(
         return {"images": solution.x.reshape(variable.shape)}
 
     box = (torch.zeros_like(starts[0]), torch.ones_like(starts[0])) if attack.box == "step" else None
-    return _multistart(attack, problem, equations, at, starts, finish, unknowns, box, progress, begun)
+    return _multistart(replace(case, equations=equations), at, starts, finish, unknowns, box)
 
 
 # ---------------------------------------------------------------------------------------------------- unknown noise
-def _search_noisy(
-    attack: SecondOrder,
-    problem: Problem,
-    equations: Equations,
-    generator: torch.Generator,
-    progress: Progress,
-    begun: float,
-) -> Reconstruction:
+def _search_noisy(case: _Case) -> Reconstruction:
     """Images and noise are unknown: search the noisy images x_t, with the residual r = model(x_t, t) − target projected out."""
+    attack, problem, equations, generator = case.attack, case.problem, case.equations, case.generator
     task = problem.task
     if not isinstance(task, Diffusion):
         raise NotApplicable("noise can be projected out of the diffusion task only")
@@ -267,31 +278,27 @@ def _search_noisy(
             return {"images": 0.5 + 0.5 * (x - spread * target) / signal, "noise": target}
         return {"images": 0.5 + 0.5 * (signal * x - spread * target), "noise": spread * x + signal * target}
 
-    return _multistart(
-        attack, problem, equations, at, noisy.reshape(attack.restarts, -1), finish, 2 * pixels, None, progress, begun
-    )
+    noisy = noisy.reshape(attack.restarts, -1)
+    return _multistart(replace(case, equations=equations), at, noisy, finish, 2 * pixels)
 
 
 # ---------------------------------------------------------------------------------------------------- starts
 def _multistart(
-    attack: SecondOrder,
-    problem: Problem,
-    equations: Equations,
+    case: _Case,
     at: Callable[[Tensor], Point],
     starts: Tensor,
     finish: Callable[[Solution], dict[str, Tensor]],
     unknowns: int,
-    box: tuple[Tensor, Tensor] | None,
-    progress: Progress,
-    begun: float,
+    box: tuple[Tensor, Tensor] | None = None,
 ) -> Reconstruction:
-    """One start after another until one is certified; the lowest cost of the whole update wins, sketch or not."""
+    """One start after another until one is certified; the lowest verdict wins."""
+    attack, problem, verdict = case.attack, case.problem, case.verdict
     ends: list[tuple[float, Solution, dict[str, Tensor]]] = []
     trials = 0
     for number, start in enumerate(starts):
 
         def told(iteration: int, cost: float, done: int = number * attack.iterations) -> None:
-            progress(done + iteration, len(starts) * attack.iterations, cost)
+            case.progress(done + iteration, len(starts) * attack.iterations, cost)
 
         solution = levenberg_marquardt(
             at,
@@ -305,10 +312,10 @@ def _multistart(
         trials += len(solution.costs) - 1
         guess = finish(solution)
         with torch.no_grad():
-            difference = equations.left(problem.simulated(guess)) - equations.wanted
+            difference = verdict.left(problem.simulated(guess)) - verdict.wanted
         cost = float(difference.square().sum())
         ends.append((cost if math.isfinite(cost) else math.inf, solution, guess))
-        if cost <= attack.certified and unknowns <= len(equations.wanted):
+        if cost <= attack.certified and unknowns <= len(verdict.wanted):
             break
     cost, solution, guess = min(ends, key=lambda end: end[0])
     diagnostics = {
@@ -316,14 +323,14 @@ def _multistart(
         "iterations": float(len(solution.costs) - 1),
         "starts": float(len(ends)),
         "starts_succeeded": float(sum(end[0] <= attack.certified for end in ends)),
-        "equations": float(equations.count),
+        "equations": float(case.equations.count),
         "unknowns": float(unknowns),
         "dense": float(not isinstance(solution.point, MatrixFree)),
     }
-    determined = unknowns <= len(equations.wanted)
+    determined = unknowns <= len(verdict.wanted)
     values = solution.linear.spectrum() if attack.spectrum else None
     if values is not None and len(values) > 0 and float(values[0]) > 0:
-        rank = numerical_rank(values, equations.count)
+        rank = numerical_rank(values, case.equations.count)
         searched = len(solution.x)
         determined = determined and rank == searched
         diagnostics["condition"] = float(values[0] / values[min(len(values), searched) - 1].clamp_min(1e-300))
@@ -340,6 +347,6 @@ def _multistart(
         noise=found["noise"].nan_to_num(0.0) if "noise" in found else None,
         losses=(*solution.costs, cost),
         steps=trials,
-        seconds=perf_counter() - begun,
+        seconds=perf_counter() - case.begun,
         diagnostics=diagnostics,
     )
