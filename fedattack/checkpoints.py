@@ -282,6 +282,7 @@ def draw_samples(
         num_train_timesteps=task.num_train_timesteps,
         trained_betas=task.scheduler().betas.numpy(),  # DDIMScheduler knows fewer schedules by name
         prediction_type=task.prediction_type,
+        timestep_spacing="trailing",  # from T − 1 on, where training ends: what it is given is noise there
     )
     scheduler.set_timesteps(steps)
     before = model.training

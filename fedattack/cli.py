@@ -97,7 +97,8 @@ def run(
     display.close()
     counts = ", ".join(f"{number} {status}" for status, number in sorted(summary.statuses.items())) or "none"
     typer.echo(f"attacks: {counts}")
-    _print_table(summary.run.rows)
+    if summary.statuses:
+        _print_table(summary.run.rows)
     typer.secho(f"report: {summary.report}", bold=True)
     if summary.statuses and not summary.statuses.get("ok"):
         raise typer.Exit(1)

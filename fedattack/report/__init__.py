@@ -18,6 +18,7 @@ from fedattack.report import summary
 from fedattack.report.charts import Series, legend, line_chart
 from fedattack.report.gallery import IMAGES, PICTURES, TARGETS, gallery
 from fedattack.report.montage import write_montage
+from fedattack.report.samples import sample_grids
 from fedattack.report.summary import Cell, Row, markdown_table, summarise, write_table
 from fedattack.report.template import SCRIPT, STYLE, TEMPLATE
 
@@ -37,6 +38,7 @@ TITLES = {
     "knowledge": "What the attacker knew",
     "failures": "What failed or did not apply",
     "training": "What the protection cost",
+    "samples": "Samples during training",
     "provenance": "How this was made",
 }
 
@@ -76,7 +78,7 @@ def build_report(run: Path, *, targets: int = TARGETS, images: int = IMAGES) -> 
         style=Markup(STYLE),
         script=Markup(SCRIPT),
         name=str(about.get("name") or run.resolve().name),
-        intro=_intro(rows),
+        intro=_intro(rows, history),
         titles=TITLES,
         sections=list(TITLES.items()),
         headlines=[_headline(line) for line in summary.headlines(cells)],
@@ -98,6 +100,7 @@ def build_report(run: Path, *, targets: int = TARGETS, images: int = IMAGES) -> 
         incidents_hidden=max(0, len(incidents) - LINES),
         unreadable=", ".join(f"{count} in {name}" for name, count in unreadable.items()),
         training=_training(history, rows),
+        samples=sample_grids(history, run),
         facts=_facts(about, rows),
         versions=_versions(about),
         config=_read_text(run / "config.toml"),
@@ -142,7 +145,13 @@ def _read_json(path: Path, unreadable: dict[str, int]) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------ headline, table
-def _intro(rows: Sequence[Row]) -> str:
+def _intro(rows: Sequence[Row], history: Sequence[Row]) -> str:
+    if not rows and history:
+        rounds = max(
+            (int(value) for line in history if (value := summary.number(line.get("round"))) is not None), default=0
+        )
+        federations = len({summary.text(line, "federation") for line in history})
+        return f"Training only, no attack: {summary.count(federations, 'federation')}, {summary.count(rounds, 'round')} so far."
     if not rows:
         return "The run has no results yet."
     attacks = [row for row in rows if not summary.is_baseline(row)]

@@ -177,6 +177,15 @@ def _frame(
     return Frame(source, own_width, own_height, caption, alt, "", exact)
 
 
+def png_frame(run: Path, path: str, alt: str, caption: str, pixels: int) -> Frame:
+    """A picture on its own, enlarged by the largest whole factor that keeps its longer side within `pixels`."""
+    data = _read_png(run, path)
+    if data is None:
+        return Frame("", pixels, pixels, caption, alt, "picture file not found")
+    width, height = _enlarged(data, pixels)
+    return Frame("data:image/png;base64," + base64.b64encode(data).decode("ascii"), width, height, caption, alt)
+
+
 def _frame_size(paths: Sequence[str | None], run: Path) -> tuple[int, int]:
     """The size of the first picture that can be read: what an empty frame beside it measures."""
     data = next((found for path in paths if path and (found := _read_png(run, path))), None)
@@ -195,8 +204,8 @@ def _read_png(run: Path, path: str) -> bytes | None:
     return data if data.startswith(PNG_MAGIC) and len(data) >= 24 else None
 
 
-def _enlarged(png: bytes) -> tuple[int, int]:
-    """Width and height of the PNG's header, times the whole factor of DISPLAY_PIXELS."""
+def _enlarged(png: bytes, pixels: int = DISPLAY_PIXELS) -> tuple[int, int]:
+    """Width and height of the PNG's header, times the largest whole factor that stays within `pixels`."""
     width, height = int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
-    factor = max(1, DISPLAY_PIXELS // max(width, height, 1))
+    factor = max(1, pixels // max(width, height, 1))
     return width * factor, height * factor

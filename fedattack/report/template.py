@@ -63,6 +63,7 @@ table.strip tr > th:first-child { position: sticky; left: 0; background: var(--c
 .strip .frame { display: flex; align-items: center; justify-content: center; border: 1px dashed var(--soft); font-size: .7rem;
   color: var(--soft); padding: 4px; }
 .strip td.whole .frame { width: 130px; padding: 8px; font-size: .76rem; text-align: left; overflow-wrap: anywhere; white-space: pre-wrap; }
+.grids { display: flex; flex-wrap: wrap; gap: 14px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 14px; }
 .charts figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px 12px; }
 .charts figcaption { font-weight: 600; font-size: .88rem; } .charts figcaption small { font-weight: 400; display: block; }
@@ -352,6 +353,20 @@ is stated. Baselines are in italics; nearest-public looks at the truth and is a 
 <figure><figcaption>{{ chart.title }}{% if chart.note %}<small>{{ chart.note }}</small>{% endif %}</figcaption>{{ chart.svg }}{{ chart.legend }}</figure>
 {% endfor %}
 </div>
+{% endfor %}
+</section>
+
+<section id="samples"><h2>{{ titles.samples }}</h2>
+{% if samples %}
+<p class="soft">Images that the diffusion model draws after a round, always from the same noise: [−1, 1] shown as [0, 1], never stretched, enlarged by a whole factor.
+Shown with the standard deviation of their pixels. Models that see private images can also memorise them: look for faces you know.</p>
+{% else %}<p class="note">No samples were drawn (checkpoint.samples, for diffusion models only).</p>{% endif %}
+{% for block in samples %}
+<article class="card"><h3>{{ block.case }} · {{ block.defense|defense }}</h3>
+<p class="soft">{{ block.federation }}{% if block.note %}: {{ block.note }}{% endif %}</p>
+<div class="grids strip">{% for frame in block.frames %}{{ picture(frame) }}{% endfor %}</div>
+{% if block.hidden %}<p class="soft">{{ block.hidden|count("more round") }} not shown.</p>{% endif %}
+</article>
 {% endfor %}
 </section>
 
