@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
@@ -47,6 +48,12 @@ log = logging.getLogger("fedattack.server")
 
 PUBLIC_STORED = 1024
 """Public images kept with a federation at least, so that a later cell may be given more than an earlier one."""
+
+SERVER_ONLY: dict[str, Any] = {
+    **dict.fromkeys(("attack", "threat", "capture", "checkpoint", "title"), True),
+    "model": {"weights"},
+}
+"""Settings that clients have no use for and are not told."""
 
 OnRound = Callable[[Settings, int, Mapping[str, float]], None]
 """Called after every round (0: before the first) with its figures: test_loss, train_loss, samples drawn, …"""
@@ -149,7 +156,7 @@ def _run_federation(
 
     state = to_state(progress.arrays) if progress else starting_weights(settings, victim)
     config = {
-        "fedattack": settings.model_dump_json(exclude={"attack", "threat", "capture", "checkpoint", "title"}),
+        "fedattack": settings.model_dump_json(exclude=SERVER_ONLY),
         "truth": str(folder.truth.resolve()) if witness and settings.capture.enabled else "",
     }
     if federation.secure_aggregation:

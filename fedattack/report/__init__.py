@@ -320,7 +320,7 @@ def _training(history: Sequence[Row], rows: Sequence[Row]) -> list[dict[str, Any
                 {
                     "federation": federation,
                     "defense": defense,
-                    "rounds": len({summary.text(entry, "round") for entry in entries}),
+                    "rounds": len({summary.text(entry, "round") for entry in entries} - {"0"}),
                     "accuracy": "–" if accuracy is None else f"{100 * accuracy:.1f} %",
                     "cost": summary.plain_number(cost, sign=True),
                     "test_loss": _last(entries, "test_loss"),

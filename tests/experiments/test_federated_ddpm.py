@@ -2,15 +2,17 @@
 
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 from diffusers import DDPMPipeline
 
+from clients import client_app
 from experiments.campaign import run_campaign
 from fedattack.checkpoints import digest_of
-from fedattack.config import parse_config
+from fedattack.config import load_config, parse_config
 from fedattack.errors import ConfigError, FedattackError, MalformedUpdate
 from fedattack.jobs import Job, attack_update, load_knowledge
 from fedattack.models import build_model
@@ -120,6 +122,34 @@ def test_progress_and_checkpoints_change_no_bit_of_the_training(tmp_path) -> Non
     (one,), (two,) = (run.path.glob("federations/*/model.safetensors") for run in (plain, other))
     assert one.read_bytes() == two.read_bytes()
     assert losses(plain) == losses(other)
+
+
+def test_clients_are_not_told_what_only_the_server_needs(tmp_path, monkeypatch) -> None:
+    told: list[str] = []
+    real = client_app.settings_of
+
+    def listening(message):
+        told.append(str(next(iter(message.content.config_records.values()))["fedattack"]))
+        return real(message)
+
+    monkeypatch.setattr(client_app, "settings_of", listening)
+    first = run_campaign(config(federation={"rounds": 1}), tmp_path / "first").run
+    (weights,) = first.path.glob("federations/*/model.safetensors")
+    run_campaign(config(federation={"rounds": 1}, model={"weights": str(weights)}), tmp_path / "second")
+    assert told
+    assert not [text for text in told if str(tmp_path) in text or "sample_steps" in text or "prior" in text]
+
+
+def test_the_recipe_is_for_training_only_and_takes_faces_of_ones_own(tmp_path) -> None:
+    recipe = Path(__file__).resolve().parents[2] / "experiments/recipes/federated-ddpm.toml"
+    (cell,) = load_config(recipe).cells
+    assert cell.attack == ()
+    assert not cell.capture.enabled
+    (tmp_path / "faces.npz").write_bytes(b"")
+    (cell,) = load_config(recipe, [f"data.dataset=npz:{tmp_path / 'faces.npz'}"]).cells
+    assert cell.data.dataset.startswith("npz:")
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        load_config(recipe, ["data.dataset=npz:nowhere.npz"])
 
 
 # ------------------------------------------------------------------------------------------------ given weights
