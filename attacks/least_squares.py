@@ -4,7 +4,7 @@
 
 A `Point` is ρ at one x; it can linearise itself, and the `Linear` model solves damped steps. There are three kinds: `Dense`
 (Jacobian by vmapped forward mode, normal equations by Cholesky with iterative refinement), `MatrixFree` (conjugate
-gradients on products with J and Jᵀ), and `Projected` (variable projection: ρ(x) = A(x)·y − b with the best y for each x).
+gradients on products with J and Jᵀ), and `Projected` (variable projection: ρ = A(x)·y − b(x) with the best y for each x).
 """
 
 import math
@@ -21,6 +21,9 @@ from fedattack.jacobians import by_rows as by_rows
 
 PATIENCE, STALLED = 8, 0.97
 """A search is given up where the last so many trials together have not lowered ‖ρ‖² to this share."""
+
+SETTLED = 1e-6
+"""And has ended where the last accepted step was not even expected to lower ‖ρ‖² by this share: the rest is noise."""
 
 
 class Linear(Protocol):
@@ -88,7 +91,7 @@ def levenberg_marquardt(
             reason = "not finite" if not math.isfinite(cost) else "flat"
             break
         step = linear.solve(mu)
-        gain, new, trial, after = -1.0, point, x, math.inf
+        gain, expected, new, trial, after = -1.0, math.inf, point, x, math.inf
         if step is not None and bool(step.isfinite().all()):
             trial = x + step
             if box is not None:
@@ -111,6 +114,9 @@ def levenberg_marquardt(
         told(iteration, cost)
         if cost <= tolerance:
             reason = "tolerance"
+            break
+        if gain > 0 and expected <= SETTLED * cost:
+            reason = "settled"
             break
         if len(costs) > PATIENCE and cost > STALLED * costs[-1 - PATIENCE]:
             reason = "stalled"
@@ -261,13 +267,13 @@ class MatrixFree:
 # ---------------------------------------------------------------------------------------------------- projected
 @dataclass(frozen=True)
 class Projected:
-    """ρ(x) = A(x)·y − b with y = A(x)⁺·b, so that x alone is left to search for.
+    """ρ(x, y) = A(x)·y − b(x) with y = A(x)⁺·b(x), so that x alone is left to search for.
 
-    Source: Golub and Pereyra 1973; the Jacobian is Kaufman's (BIT 15, 1975): ∂(A·y)/∂x at fixed y, projected off the range
-    of A. `matrix` gives Aᵀ(x), (linear unknowns, equations); `product(x, y)` is A(x)·y.
+    Source: Golub and Pereyra 1973; the Jacobian is Kaufman's (BIT 15, 1975): ∂ρ/∂x at fixed y, projected off the range
+    of A. `matrix` gives Aᵀ(x), (linear unknowns, equations); `function(x, y)` is ρ.
     """
 
-    product: Callable[[Tensor, Tensor], Tensor]
+    function: Callable[[Tensor, Tensor], Tensor]
     x: Tensor
     basis: Tensor
     linear_unknowns: Tensor
@@ -277,19 +283,17 @@ class Projected:
 
     @staticmethod
     def at(
-        matrix: Callable[[Tensor], Tensor],
-        product: Callable[[Tensor, Tensor], Tensor],
-        x: Tensor,
-        wanted: Tensor,
-        chunk: int,
+        matrix: Callable[[Tensor], Tensor], function: Callable[[Tensor, Tensor], Tensor], x: Tensor, chunk: int
     ) -> "Projected":
         with torch.no_grad():
-            basis, solved, rank = _least_squares(matrix(x).T, wanted)
+            transposed = matrix(x)
+            wanted = -function(x, x.new_zeros(len(transposed)))
+            basis, solved, rank = _least_squares(transposed.T, wanted)
             inside = basis @ (basis.T @ wanted)
-            return Projected(product, x, basis, solved, rank, inside - wanted, chunk)
+            return Projected(function, x, basis, solved, rank, inside - wanted, chunk)
 
     def linear(self) -> DenseLinear:
-        moved = jacobian_transposed(lambda x: self.product(x, self.linear_unknowns), self.x, self.chunk)
+        moved = jacobian_transposed(lambda x: self.function(x, self.linear_unknowns), self.x, self.chunk)
         return DenseLinear.of(self.residual, moved - (moved @ self.basis) @ self.basis.T)
 
 

@@ -11,6 +11,7 @@ keeps a few equations for each unknown.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 from typing import ClassVar
 
@@ -30,8 +31,9 @@ from attacks.least_squares import (
     numerical_rank,
 )
 from attacks.matching import Problem, check_options, pose
+from attacks.noise import differences, mean_difference, noise_level, variation_rows, variation_slopes
 from attacks.timesteps import with_timesteps
-from fedattack.errors import FedattackError, NotApplicable, one_of
+from fedattack.errors import FedattackError, NotApplicable, must, one_of
 from fedattack.tasks import Diffusion, Task, bind
 from fedattack.types import Knowledge, Progress, Reconstruction, State, Update, silent
 
@@ -44,6 +46,12 @@ EQUATIONS = 4096
 
 ENTRIES = 1 << 24
 """How many numbers one chunk of Jacobian columns may hold."""
+
+JACOBIAN = 1 << 27
+"""How many numbers a whole Jacobian may hold under noise, where every equation dropped costs accuracy (1 GB in float64)."""
+
+REWEIGHTINGS = 2
+"""How often the quadratic bound on total variation is renewed where noise is projected out."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,10 @@ class SecondOrder:
     unknown, 0 for all, never fewer than 4,096; four times as many where noise is unknown (with fewer, most of those
     searches get stuck). dense_limit: unknowns beyond which no Jacobian is formed and each step takes up to `inner_steps`
     iterations of conjugate gradients. spectrum: whether rank and condition number are computed at the end.
+
+    sigma: standard deviation of Gaussian noise on every entry of the (pseudo-)gradient; None: what the known defense says,
+    else none. With noise the whitened problem is solved, all equations kept as far as memory allows, with a total-variation
+    prior on the images times `prior_weight` (0: none) and N(0, 1) on unknown DDPM noise: maximum a posteriori.
     """
 
     name: ClassVar[str] = "second-order"
@@ -78,6 +90,8 @@ class SecondOrder:
     dense_limit: int = 4096
     inner_steps: int = 300
     spectrum: bool = True
+    sigma: float | None = None
+    prior_weight: float = 0.5
     precision: str = "float64"
 
     def __post_init__(self) -> None:
@@ -85,6 +99,9 @@ class SecondOrder:
         for what, table, got in (("box", BOXES, self.box), ("weights", WEIGHTS, self.weights)):
             if got not in table:
                 raise FedattackError(one_of(what, table, got))
+        for name in ("sigma", "prior_weight"):
+            if (value := getattr(self, name)) is not None and not value >= 0:
+                raise FedattackError(must(name, "zero or positive", value))
 
     def reconstruct(
         self,
@@ -97,27 +114,59 @@ class SecondOrder:
         progress: Progress = silent,
     ) -> Reconstruction:
         begun = perf_counter()
+        if task.name == "diffusion" and (knowledge.timesteps is None or knowledge.history):
+            return _search_rounds(self, update, model, task, knowledge, generator, progress, begun)
         if task.name == "classification" and knowledge.labels is None:
             knowledge = replace(knowledge, labels=infer_labels(update, model, knowledge, generator=generator))
-        if task.name == "diffusion" and knowledge.timesteps is None:
-            knowledge = _told_timesteps(update, model, task, knowledge)
-        problem = pose(update, model, task, knowledge, precision=self.precision)
-        equations = Equations.of(problem, update, WEIGHTS[self.weights])
-        case = _Case(self, problem, equations, Equations.of(problem, update), generator, progress, begun)
-        return _search_noisy(case) if "noise" in problem.unknown else _search_images(case)
+        views = [_View.of(self, seen, model, task, knowledge) for seen in (update, *(knowledge.history or ()))]
+        case = _Case(self, views, mean_difference(knowledge), generator, progress, begun)
+        return _search_noisy(case) if "noise" in views[0].problem.unknown else _search_images(case)
 
 
-def _told_timesteps(update: Update, model: nn.Module, task: Task, knowledge: Knowledge) -> Knowledge:
-    """Timesteps are integers, no unknowns of a least-squares problem: they are read off the time embedding first.
+def _search_rounds(
+    attack: SecondOrder,
+    update: Update,
+    model: nn.Module,
+    task: Task,
+    knowledge: Knowledge,
+    generator: torch.Generator,
+    progress: Progress,
+    begun: float,
+) -> Reconstruction:
+    """A diffusion client's updates one by one, that of the smallest timesteps first, until one is explained.
 
-    They come without an order. That is no loss where the images have none either: in one local step with unknown noise.
+    Timesteps are integers, no unknowns of a least-squares problem: they are read off the time embedding. They come without
+    an order, which is no loss where the images have none either: in one local step with unknown noise.
     """
     several = (knowledge.local_steps or 1) > 1
-    if several or (knowledge.noise is not None and (knowledge.batch_size or 1) > 1):
+    if knowledge.timesteps is None and (several or (knowledge.noise is not None and (knowledge.batch_size or 1) > 1)):
         raise NotApplicable(
             "timesteps must be known: those of several steps, or beside given noise, cannot be put in order"
         )
-    return with_timesteps(update, model, task, knowledge)
+    told = [(update, with_timesteps(update, model, task, replace(knowledge, history=None)))]
+    for seen in knowledge.history or ():  # given timesteps and noise belong to the update itself
+        other = replace(knowledge, history=None, timesteps=None, noise=None)
+        told.append((seen, with_timesteps(seen, model, task, other)))
+    told.sort(key=lambda pair: _largest(pair[1].timesteps))
+    ends: list[Reconstruction] = []
+    for seen, known in told:
+        views = [_View.of(attack, seen, model, task, known)]
+        case = _Case(attack, views, mean_difference(knowledge), generator, progress, begun)
+        found = _search_noisy(case) if "noise" in views[0].problem.unknown else _search_images(case)
+        ends.append(found)
+        if found.diagnostics["starts_succeeded"] > 0:
+            break
+    best = min(ends, key=lambda found: found.diagnostics["loss"])
+    return replace(
+        best,
+        steps=sum(found.steps for found in ends),
+        diagnostics=best.diagnostics | {"rounds_seen": float(len(told)), "rounds_tried": float(len(ends))},
+    )
+
+
+def _largest(timesteps: Tensor | None) -> int:
+    assert timesteps is not None
+    return int(timesteps.max())
 
 
 # ---------------------------------------------------------------------------------------------------- equations
@@ -147,10 +196,10 @@ class Equations:
             raise NotApplicable("the update is zero or not finite: there is nothing to solve for")
         sent = next((t.dtype for t in update.received.values() if t.is_floating_point()), torch.float32)
         floor = 100 * torch.finfo(sent).eps * largest
-        norms = {name: norm if norm > floor else largest for name, norm in norms.items()}
-        total = math.sqrt(sum(norm ** (2.0 - 2.0 * power) for norm in norms.values()))
+        scales = {name: (norm if norm > floor else largest) ** power for name, norm in norms.items()}
+        total = math.sqrt(sum((norms[name] / scale) ** 2 for name, scale in scales.items()))
         weights = {
-            name: torch.full((), norm**-power / total).to(problem.observed[name]) for name, norm in norms.items()
+            name: torch.full((), 1.0 / (scale * total)).to(problem.observed[name]) for name, scale in scales.items()
         }
         wanted = torch.cat([(weights[name] * tensor).reshape(-1) for name, tensor in problem.observed.items()])
         return Equations(weights, wanted, count=len(wanted))
@@ -177,57 +226,132 @@ class Equations:
         return self.pressed(self.left(simulated) - self.wanted)
 
 
-def _kept(share: float, unknowns: int) -> int:
-    return max(EQUATIONS, math.ceil(share * unknowns)) if share > 0 else 0
+def _chunk(count: int) -> int:
+    return max(1, min(64, ENTRIES // count))
 
 
-def _chunk(equations: Equations) -> int:
-    return max(1, min(64, ENTRIES // len(equations.wanted)))
+@dataclass(frozen=True)
+class _View:
+    """One update of the images.
+
+    equations: those of the search. verdict: all of them, by which the results of starts are compared; every layer alike,
+    unless there is noise. noise: its standard deviation on every equation.
+    """
+
+    problem: Problem
+    equations: Equations
+    verdict: Equations
+    noise: float
+
+    @staticmethod
+    def of(attack: SecondOrder, update: Update, model: nn.Module, task: Task, knowledge: Knowledge) -> "_View":
+        problem = pose(update, model, task, knowledge, precision=attack.precision)
+        sigma = noise_level(update, knowledge) if attack.sigma is None else attack.sigma
+        equations = Equations.of(problem, update, WEIGHTS["entries" if sigma > 0 else attack.weights])
+        verdict = equations if sigma > 0 else Equations.of(problem, update)
+        return _View(problem, equations, verdict, sigma * float(next(iter(equations.weights.values()))))
+
+    def cost(self, guess: dict[str, Tensor]) -> float:
+        with torch.no_grad():
+            difference = self.verdict.left(self.problem.simulated(guess)) - self.verdict.wanted
+        found = float(difference.square().sum())
+        return found if math.isfinite(found) else math.inf
 
 
 @dataclass(frozen=True)
 class _Case:
-    """What every search needs. verdict: all equations, every layer alike; the results of starts are compared by them."""
+    """What every search needs. views: updates of the same images, noisy ones divided by their noise where there are several.
+
+    difference: the mean difference of neighbouring pixels of public images.
+    """
 
     attack: SecondOrder
-    problem: Problem
-    equations: Equations
-    verdict: Equations
+    views: list[_View]
+    difference: float
     generator: torch.Generator
     progress: Progress
     begun: float
+
+    @property
+    def noise(self) -> float:
+        """On every equation of the first view, and of the others once they are scaled by `share`; 0: there is none."""
+        return self.views[0].noise
+
+    def share(self, view: _View) -> float:
+        """What a view's equations are multiplied by, so that all have the same noise."""
+        return self.noise / view.noise if self.noise > 0 and view.noise > 0 else 1.0
+
+    @property
+    def prior(self) -> float:
+        """Factor of the prior's residuals, −2·log p, beside equations that are not divided by their noise."""
+        return self.noise * math.sqrt(2.0 * self.attack.prior_weight)
+
+    def sketched(self, share: float, unknowns: int) -> "_Case":
+        """With fewer equations: `share` for each unknown, or under noise as many as one Jacobian may hold."""
+        kept = max(EQUATIONS, math.ceil(share * unknowns)) if share > 0 else 0
+        if self.noise > 0:
+            kept = max(EQUATIONS, JACOBIAN // unknowns // len(self.views))
+        views = [replace(view, equations=view.equations.sketched(kept, self.generator)) for view in self.views]
+        return replace(self, views=views)
+
+    def cost(self, guess: dict[str, Tensor]) -> float:
+        """Mean over the views of the verdict."""
+        return sum(self.share(view) ** 2 * view.cost(guess) for view in self.views) / len(self.views)
+
+    @property
+    def count(self) -> int:
+        """How many equations there are without any sketch."""
+        return sum(len(view.verdict.wanted) for view in self.views)
+
+    @property
+    def success(self) -> float:
+        """The cost below which a start has explained the updates: exactly, or down to their noise."""
+        if self.noise == 0:
+            return self.attack.certified
+        return self.noise**2 * (self.count + 5.0 * math.sqrt(2.0 * self.count)) / len(self.views)
 
 
 # ---------------------------------------------------------------------------------------------------- known noise
 def _search_images(case: _Case) -> Reconstruction:
     """Nothing but the images is unknown."""
-    attack, problem, equations, generator = case.attack, case.problem, case.equations, case.generator
+    attack, problem = case.attack, case.views[0].problem
     variable = problem.unknown["images"]
     unknowns = math.prod(variable.shape)
     dense = unknowns <= attack.dense_limit
-    starts = problem.start(attack.restarts, generator, attack.start)["images"].reshape(attack.restarts, -1)
+    starts = problem.start(attack.restarts, case.generator, attack.start)["images"].reshape(attack.restarts, -1)
     if dense:
-        equations = equations.sketched(_kept(attack.sketch, unknowns), generator)
+        case = case.sketched(attack.sketch, unknowns)
 
     def function(x: Tensor) -> Tensor:
-        return equations.residual(problem.simulated({"images": x.reshape(variable.shape)}))
+        images = x.reshape(variable.shape)
+        rows = [
+            case.share(view) * view.equations.residual(view.problem.simulated({"images": images}))
+            for view in case.views
+        ]
+        if case.prior > 0:
+            rows.append(case.prior * variation_rows(images, case.difference))
+        return torch.cat(rows)
 
     def at(x: Tensor) -> Point:
         if dense:
-            return Dense.at(function, x, _chunk(equations))
+            return Dense.at(function, x, _chunk(case.count))
         return MatrixFree.at(function, x, attack.inner_steps)
 
     def finish(solution: Solution) -> dict[str, Tensor]:
         return {"images": solution.x.reshape(variable.shape)}
 
     box = (torch.zeros_like(starts[0]), torch.ones_like(starts[0])) if attack.box == "step" else None
-    return _multistart(replace(case, equations=equations), at, starts, finish, unknowns, box)
+
+    def solve(start: Tensor, told: Told) -> Solution:
+        return _searched(attack, at, start, told, box)
+
+    return _multistart(case, solve, starts, finish, unknowns)
 
 
 # ---------------------------------------------------------------------------------------------------- unknown noise
 def _search_noisy(case: _Case) -> Reconstruction:
     """Images and noise are unknown: search the noisy images x_t, with the residual r = model(x_t, t) − target projected out."""
-    attack, problem, equations, generator = case.attack, case.problem, case.equations, case.generator
+    attack, problem = case.attack, case.views[0].problem
     task = problem.task
     if not isinstance(task, Diffusion):
         raise NotApplicable("noise can be projected out of the diffusion task only")
@@ -239,60 +363,99 @@ def _search_noisy(case: _Case) -> Reconstruction:
     pixels = math.prod(shape)
     if pixels > attack.dense_limit:
         raise NotApplicable(f"unknown noise needs a dense Jacobian: {pixels} pixels are more than dense_limit")
-    if len(equations.wanted) < 2 * pixels:
-        raise NotApplicable(f"{len(equations.wanted)} numbers cannot tell {2 * pixels} unknowns (images and noise)")
+    if case.count < 2 * pixels:
+        raise NotApplicable(f"{case.count} numbers cannot tell {2 * pixels} unknowns (images and noise)")
     timesteps = problem.known["timesteps"]
     alpha_bar = task.alphas_cumprod.to(timesteps.device)[timesteps].to(problem.dtype).reshape(-1, 1, 1, 1)
     signal, spread = alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
-    starts = problem.start(attack.restarts, generator, attack.start)
+    starts = problem.start(attack.restarts, case.generator, attack.start)
     noisy = signal * (2.0 * starts["images"] - 1.0) + spread * starts["noise"]
-    equations = equations.sketched(_kept(4 * attack.sketch, 2 * pixels), generator)
+    case = case.sketched(4 * attack.sketch, 2 * pixels)
+    equations = case.views[0].equations
     trained = {name: problem.sent[name] for name in problem.observed}
 
     def predict(weights: State, x: Tensor) -> Tensor:
         return bind(problem.model, {**problem.sent, **weights})(x.reshape(shape), timesteps)
 
-    def product(x: Tensor, r: Tensor) -> Tensor:
-        pulled = (2.0 / pixels) * r.reshape(shape)
-        return equations.pressed(equations.left(grad(lambda weights: (pulled * predict(weights, x)).sum())(trained)))
+    def private(x: Tensor, r: Tensor) -> dict[str, Tensor]:
+        """Images and noise behind noisy images and residual; linear in r."""
+        target, seen = predict({}, x) - r.reshape(shape), x.reshape(shape)
+        if task.prediction_type == "epsilon":
+            return {"images": 0.5 + 0.5 * (seen - spread * target) / signal, "noise": target}
+        return {"images": 0.5 + 0.5 * (signal * seen - spread * target), "noise": spread * seen + signal * target}
 
-    def matrix(x: Tensor) -> Tensor:
+    def unlikely(x: Tensor, r: Tensor, slopes: Tensor) -> Tensor:
+        """Residuals of the prior, empty where there is none."""
+        if case.noise == 0:
+            return x.new_zeros(0)
+        guess = private(x, r)
+        parts = [case.noise * guess["noise"].reshape(-1)]
+        return torch.cat([*parts, case.prior * slopes * differences(guess["images"])])
+
+    def residual(slopes: Tensor, x: Tensor, r: Tensor) -> Tensor:
+        pulled = (2.0 / pixels) * r.reshape(shape)
+        simulated = grad(lambda weights: (pulled * predict(weights, x)).sum())(trained)
+        return torch.cat([equations.residual(simulated), unlikely(x, r, slopes)])
+
+    def matrix(slopes: Tensor, x: Tensor) -> Tensor:
         pull: Callable[..., tuple[State]] = vjp(lambda weights: predict(weights, x), trained)[1]
+        without = unlikely(x, torch.zeros_like(x), slopes)
 
         def row(r: Tensor) -> Tensor:
-            return equations.pressed(equations.left(pull((2.0 / pixels) * r.reshape(shape), retain_graph=True)[0]))
+            pulled = pull((2.0 / pixels) * r.reshape(shape), retain_graph=True)[0]
+            return torch.cat([equations.pressed(equations.left(pulled)), unlikely(x, r, slopes) - without])
 
-        return by_rows(row, pixels, _chunk(equations), x)
-
-    wanted = equations.pressed(equations.wanted)
-
-    def at(x: Tensor) -> Point:
-        return Projected.at(matrix, product, x, wanted, _chunk(equations))
+        return by_rows(row, pixels, _chunk(case.count), x)
 
     def finish(solution: Solution) -> dict[str, Tensor]:
         assert isinstance(solution.point, Projected)
-        x = solution.x.reshape(shape)
         with torch.no_grad():
-            target = predict({}, solution.x) - solution.point.linear_unknowns.reshape(shape)
-        if task.prediction_type == "epsilon":
-            return {"images": 0.5 + 0.5 * (x - spread * target) / signal, "noise": target}
-        return {"images": 0.5 + 0.5 * (signal * x - spread * target), "noise": spread * x + signal * target}
+            return private(solution.x, solution.point.linear_unknowns)
 
-    noisy = noisy.reshape(attack.restarts, -1)
-    return _multistart(replace(case, equations=equations), at, noisy, finish, 2 * pixels)
+    def solve(start: Tensor, told: Told) -> Solution:
+        slopes = torch.full_like(differences(start.reshape(shape)), 1.0 / case.difference)
+        for _ in range(1 + REWEIGHTINGS):
+            at = partial(Projected.at, partial(matrix, slopes), partial(residual, slopes), chunk=_chunk(case.count))
+            solution = _searched(attack, at, start, told)
+            if case.prior == 0 or not math.isfinite(solution.costs[-1]):
+                break
+            start, slopes = solution.x, variation_slopes(finish(solution)["images"], case.difference)
+        return solution
+
+    return _multistart(case, solve, noisy.reshape(attack.restarts, -1), finish, 2 * pixels)
 
 
 # ---------------------------------------------------------------------------------------------------- starts
+Told = Callable[[int, float], None]
+
+
+def _searched(
+    attack: SecondOrder,
+    at: Callable[[Tensor], Point],
+    start: Tensor,
+    told: Told,
+    box: tuple[Tensor, Tensor] | None = None,
+) -> Solution:
+    return levenberg_marquardt(
+        at,
+        start,
+        iterations=attack.iterations,
+        tolerance=attack.tolerance,
+        damping=attack.damping,
+        box=box,
+        told=told,
+    )
+
+
 def _multistart(
     case: _Case,
-    at: Callable[[Tensor], Point],
+    solve: Callable[[Tensor, Told], Solution],
     starts: Tensor,
     finish: Callable[[Solution], dict[str, Tensor]],
     unknowns: int,
-    box: tuple[Tensor, Tensor] | None = None,
 ) -> Reconstruction:
-    """One start after another until one is certified; the lowest verdict wins."""
-    attack, problem, verdict = case.attack, case.problem, case.verdict
+    """One start after another until one explains the update; the lowest verdict wins."""
+    attack, problem = case.attack, case.views[0].problem
     ends: list[tuple[float, Solution, dict[str, Tensor]]] = []
     trials = 0
     for number, start in enumerate(starts):
@@ -300,37 +463,31 @@ def _multistart(
         def told(iteration: int, cost: float, done: int = number * attack.iterations) -> None:
             case.progress(done + iteration, len(starts) * attack.iterations, cost)
 
-        solution = levenberg_marquardt(
-            at,
-            start,
-            iterations=attack.iterations,
-            tolerance=attack.tolerance,
-            damping=attack.damping,
-            box=box,
-            told=told,
-        )
+        solution = solve(start, told)
         trials += len(solution.costs) - 1
         guess = finish(solution)
-        with torch.no_grad():
-            difference = verdict.left(problem.simulated(guess)) - verdict.wanted
-        cost = float(difference.square().sum())
-        ends.append((cost if math.isfinite(cost) else math.inf, solution, guess))
-        if cost <= attack.certified and unknowns <= len(verdict.wanted):
+        ends.append((case.cost(guess), solution, guess))
+        if ends[-1][0] <= case.success and unknowns <= case.count:
             break
     cost, solution, guess = min(ends, key=lambda end: end[0])
+    equations = sum(view.equations.count for view in case.views)
     diagnostics = {
         "loss": cost,
         "iterations": float(len(solution.costs) - 1),
         "starts": float(len(ends)),
-        "starts_succeeded": float(sum(end[0] <= attack.certified for end in ends)),
-        "equations": float(case.equations.count),
+        "starts_succeeded": float(sum(end[0] <= case.success for end in ends)),
+        "equations": float(equations),
         "unknowns": float(unknowns),
         "dense": float(not isinstance(solution.point, MatrixFree)),
     }
-    determined = unknowns <= len(verdict.wanted)
+    if len(case.views) > 1:
+        diagnostics["rounds_seen"] = float(len(case.views))
+    if case.noise > 0:
+        diagnostics["chi_square"] = cost * len(case.views) / (case.noise**2 * case.count)
+    determined = unknowns <= case.count
     values = solution.linear.spectrum() if attack.spectrum else None
     if values is not None and len(values) > 0 and float(values[0]) > 0:
-        rank = numerical_rank(values, case.equations.count)
+        rank = numerical_rank(values, equations)
         searched = len(solution.x)
         determined = determined and rank == searched
         diagnostics["condition"] = float(values[0] / values[min(len(values), searched) - 1].clamp_min(1e-300))

@@ -65,6 +65,8 @@ class Knowledge:
 
     labels (B,) int64 · timesteps (B,) int64 · noise (B,C,H,W) · public_images (N,C,H,W) in [0, 1]. `labels`, `timesteps`
     and `noise` are never the server's to see: where they are given they are oracles, and every result row says so.
+    history: other updates of the same client that the attacker takes to hold the same images. defense: as a configuration
+    writes it. prior: a folder or hub name of a diffusion model.
     """
 
     image_shape: tuple[int, int, int] | None = None
@@ -80,6 +82,7 @@ class Knowledge:
     defense: str | None = None
     prior: str | None = None
     public_images: Tensor | None = None
+    history: tuple[Update, ...] | None = None
 
     def known(self) -> frozenset[str]:
         """The names of the fields that have a value."""

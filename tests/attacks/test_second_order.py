@@ -65,7 +65,7 @@ def test_a_linear_problem_is_solved_as_lstsq_solves_it():
     )
     exact = torch.linalg.lstsq(matrix, wanted[:, None]).solution[:, 0]
     torch.testing.assert_close(solution.x, exact, rtol=1e-7, atol=1e-7)
-    assert solution.reason == "stalled"
+    assert solution.reason == "settled"
 
 
 def test_damped_steps_agree():
@@ -120,7 +120,7 @@ def test_variable_projection_fits_amplitudes_for_free():
     rates, amplitudes = double(0.5, 2.0), double(3.0, 1.0)
     wanted = product(rates, amplitudes)
     solution = levenberg_marquardt(
-        lambda x: Projected.at(lambda z: torch.exp(-z[:, None] * t), product, x, wanted, 2),
+        lambda x: Projected.at(lambda z: torch.exp(-z[:, None] * t), lambda z, y: product(z, y) - wanted, x, 2),
         double(0.3, 1.5),
         iterations=60,
         tolerance=1e-26,
@@ -129,6 +129,27 @@ def test_variable_projection_fits_amplitudes_for_free():
     assert isinstance(solution.point, Projected)
     torch.testing.assert_close(solution.point.linear_unknowns, amplitudes, rtol=1e-6, atol=1e-6)
     assert solution.point.linear_rank == 2
+
+
+def test_projection_with_a_right_side_that_moves():
+    """ρ = (A·y − b, λ·(x − y)): the part of ρ that depends on x alone is projected too; the joint minimum is the same."""
+    a, wanted, weight = double(1.0, 2.0, 3.0), double(1.0, 2.5, 2.0), 0.5
+
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        return torch.cat([a * y * torch.exp(-x) - wanted, weight * (x - y)])
+
+    def matrix(x: Tensor) -> Tensor:
+        return torch.cat([a * torch.exp(-x), -weight * torch.ones(1, dtype=x.dtype)])[None]
+
+    solution = levenberg_marquardt(
+        lambda x: Projected.at(matrix, function, x, 1), double(2.0), iterations=60, tolerance=0.0
+    )
+    joint = levenberg_marquardt(
+        lambda z: Dense.at(lambda z: function(z[:1], z[1:]), z, 2), double(2.0, 1.0), iterations=200, tolerance=0.0
+    )
+    assert isinstance(solution.point, Projected)
+    both = torch.cat([solution.x, solution.point.linear_unknowns])
+    torch.testing.assert_close(both, joint.x, rtol=5e-3, atol=5e-3)
 
 
 # ------------------------------------------------------------------------------------------------ the equations
@@ -161,9 +182,12 @@ def test_layers_count_the_same_and_rounding_does_not_count(make_update, random_i
     largest = max(float(tensor.norm()) for tensor in update.received.values())
     for name, weight in weights.items():
         expected = largest if name in ("conv0.bias", "conv1.bias") else float(update.received[name].norm())
-        assert weight == pytest.approx(1.0 / (expected * math.sqrt(layers)))
+        assert weight == pytest.approx(1.0 / (expected * math.sqrt(layers - 2)))
     silence = {name: torch.zeros_like(tensor) for name, tensor in problem.observed.items()}
-    assert float(equations.residual(silence).square().sum()) == pytest.approx((layers - 2) / layers)
+    assert float(equations.residual(silence).square().sum()) == pytest.approx(1.0)
+    alike = Equations.of(problem, update, power=0.0)
+    assert len({float(weight) for weight in alike.weights.values()}) == 1
+    assert float(alike.residual(silence).square().sum()) == pytest.approx(1.0)
 
 
 def test_a_sketch_keeps_squares_on_average(make_update, random_images):
@@ -361,3 +385,110 @@ def test_what_it_cannot_do_it_says(make_update, random_images):
         attack(SecondOrder(), silent, model, knowledge, task)
     with pytest.raises(FedattackError, match="did you mean 'step'"):
         attack(SecondOrder(box="steps"), update, model, knowledge, task)
+
+
+# ------------------------------------------------------------------------------------------------ noise, several updates
+def noisy(update: Update, sigma: float, *names: object) -> Update:
+    source = generator("noise", *names)
+    received = {
+        name: tensor + sigma * torch.randn(tensor.shape, generator=source, dtype=tensor.dtype)
+        for name, tensor in update.received.items()
+    }
+    return replace(update, received=received)
+
+
+def rms_of(update: Update) -> float:
+    total = sum(float(tensor.square().sum()) for tensor in update.received.values())
+    return math.sqrt(total / sum(tensor.numel() for tensor in update.received.values()))
+
+
+def test_noise_is_explained_and_no_more(make_update, patches):
+    """The residual ends at the noise and not below, and the prior helps."""
+    images, labels, model = patches.private.images([0, 30, 77]), torch.tensor([2]), lenet()
+    public = patches.public.images(range(64))
+    psnr: dict[float, list[float]] = {0.0: [], 0.5: []}
+    for i in range(3):
+        clean = make_update(model, images[i : i + 1], labels)
+        sigma = 0.3 * rms_of(clean)
+        update = noisy(clean, sigma, i)
+        told = facts(images[i : i + 1], labels, defense=f"gaussian-noise(sigma={sigma!r})", public_images=public)
+        for weight, values in psnr.items():
+            found = attack(SecondOrder(prior_weight=weight), update, model, told)
+            assert found.diagnostics["chi_square"] == pytest.approx(1.0, abs=0.1)
+            assert found.diagnostics["starts_succeeded"] == 1.0
+            assert found.diagnostics["certified"] == 0.0
+            values.append(float(psnr_db(found.images, images[i : i + 1])))
+    assert sum(psnr[0.5]) / 3 > sum(psnr[0.0]) / 3 + 2.0
+
+
+def test_a_known_sigma_needs_no_defense(make_update, random_images):
+    images, labels, model = random_images((1, 3, 8, 8)), torch.tensor([1]), lenet()
+    clean = make_update(model, images, labels)
+    sigma = 0.01 * rms_of(clean)
+    update = noisy(clean, sigma)
+    told = facts(images, labels, defense=f"norm-clipping(max_norm=9.0) + gaussian-noise(sigma={sigma!r})")
+    by_defense = attack(SecondOrder(), update, model, told)
+    by_option = attack(SecondOrder(sigma=sigma), update, model, facts(images, labels))
+    torch.testing.assert_close(by_defense.images, by_option.images, rtol=0, atol=0)
+
+
+def test_without_a_prior_the_error_is_the_floor(make_update, random_images):
+    """A maximum-likelihood estimate at small noise is efficient: its rms error is that of Cramér and Rao."""
+    images, labels, model = 0.25 + 0.5 * random_images((1, 1, 6, 6)), torch.tensor([1]), lenet((1, 6, 6), channels=6)
+    clean = make_update(model, images, labels)
+    problem = pose(clean, model, Classification(), facts(images, labels))
+
+    def simulated(x: Tensor) -> Tensor:
+        return torch.cat([t.reshape(-1) for t in problem.simulated({"images": x.reshape(images.shape)}).values()])
+
+    rows = jacobian_transposed(simulated, images.double().reshape(-1), 16)
+    sigma = 1e-4 * rms_of(clean)
+    floor = sigma * float(torch.linalg.inv(rows @ rows.T).diagonal().mean().sqrt())
+    squares = []
+    for i in range(8):
+        found = attack(
+            SecondOrder(sigma=sigma, prior_weight=0.0), noisy(clean, sigma, "floor", i), model, facts(images, labels)
+        )
+        squares.append(float((found.images.double() - images).square().mean()))
+    assert math.sqrt(sum(squares) / len(squares)) == pytest.approx(floor, rel=0.2)
+
+
+def test_noise_on_a_diffusion_client_is_explained(random_images):
+    task, model, images = Diffusion(), denoiser(), random_images((1, 2, 4, 4))
+    _, clean, knowledge = diffusion_update(model, task, images, [50])
+    sigma = 0.01 * rms_of(clean)
+    told = replace(knowledge, defense=f"gaussian-noise(sigma={sigma!r})")
+    found = attack(SecondOrder(spectrum=False), noisy(clean, sigma), model, told, task)
+    assert found.diagnostics["chi_square"] == pytest.approx(1.0, abs=0.3)
+    assert float(psnr_db(found.images, images)) > 20
+
+
+def test_two_rounds_tell_what_one_cannot(make_update, random_images):
+    """Fewer equations than unknowns in each of two updates of the same image; enough in both together."""
+    images, labels = random_images((1, 3, 8, 8)), torch.tensor([1])
+    models = [
+        build_model(
+            "lenet", image_shape=(3, 8, 8), num_classes=4, seed=seed, channels=1, init="default", activation="tanh"
+        )
+        for seed in (0, 1)
+    ]
+    first, second = (make_update(model, images, labels) for model in models)
+    alone = attack(SecondOrder(restarts=1), first, models[0], facts(images, labels))
+    both = attack(SecondOrder(restarts=6), first, models[0], facts(images, labels, history=(second,)))
+    assert alone.diagnostics["equations"] < 192 < both.diagnostics["equations"]
+    assert both.diagnostics["rounds_seen"] == 2
+    assert alone.diagnostics["certified"] == 0.0
+    assert both.diagnostics["rank"] > alone.diagnostics["rank"]
+
+
+def test_the_easiest_round_of_a_diffusion_client_is_tried_first(random_images):
+    options = {"block_out_channels": (16,), "attention": (), "mid_attention": False, "norm_num_groups": 4}
+    model = build_model("unet", image_shape=(1, 4, 4), num_classes=None, seed=0, **options).double()
+    task, images = Diffusion(), random_images((1, 1, 4, 4))
+    hard, easy = (diffusion_update(model, task, images, [t], seed=t)[1:] for t in (900, 30))
+    knowledge = replace(hard[1], timesteps=None, history=(easy[0],))
+    found = attack(SecondOrder(restarts=6), hard[0], model, knowledge, task)
+    assert found.timesteps.tolist() == [30]
+    assert found.diagnostics["rounds_seen"] == 2
+    assert found.diagnostics["rounds_tried"] == found.diagnostics["certified"] == 1.0
+    assert float(psnr_db(found.images, images)) > 80
