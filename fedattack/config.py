@@ -90,6 +90,7 @@ class FederationSettings(_Section):
     batch_size: int = Field(1, ge=1, description="images of one local step")
     local_steps: int = Field(1, ge=1, description="SGD steps a round under fedavg")
     examples: int = Field(0, ge=0, description="images a client uses in a round; 0: batch_size × local_steps")
+    same_examples: bool = Field(False, description="whether a client uses the same images in every round")
     defense: str = "none"
     mods: tuple[str, ...] = Field((), description="Flower's own client mods: fixedclipping, adaptiveclipping, …")
 
@@ -147,6 +148,10 @@ class ThreatSettings(_Section):
         "ends with (its moving average where there is one; attacks then start when training is over); empty: none",
     )
 
+    history: int = Field(
+        0, ge=0, description="how many earlier updates of the client the attacker takes to hold the same images"
+    )
+
     def visible(self) -> frozenset[str]:
         return visible_fields(self.model, self.reveal, self.hide)
 
@@ -178,9 +183,19 @@ class PoolSettings(_Section):
 
 
 class ScoreSettings(_Section):
-    """LPIPS backbones to use where their weights are on this machine."""
+    """What is computed beside PSNR and SSIM: LPIPS where the weights are on this machine, and the error floor."""
 
     lpips: tuple[Literal["alex", "vgg", "squeeze"], ...] = ("alex", "vgg", "squeeze")
+    floor: Literal["auto", "exact", "sketch", "probes", "off"] = Field(
+        "auto", description="how the error floor of every update is computed; auto: the best that fits in floor_seconds"
+    )
+    floor_seconds: float = Field(
+        20.0,
+        gt=0,
+        description="for all floors of a run together under auto and probes, shared evenly; of one core, estimated by "
+        "counting operations",
+    )
+    floor_db: float = Field(20.0, description="the PSNR whose least noise is stated: from there on the floor hides it")
 
 
 class Settings(_Section):

@@ -34,7 +34,7 @@ SPREAD = 4
 """Rows of the sketch that each coordinate of the update is added to."""
 
 PROBES = 8
-"""Random ±1 images whose xᵀ(FᵀF)⁻¹x estimate the mean diagonal."""
+"""Random ±1 images at most whose xᵀ(FᵀF)⁻¹x estimate the mean diagonal; of large images fewer do, 3 at least."""
 
 ENTRIES = 1 << 27
 """How many numbers of F (or of its sketch) are held at most: 1 GiB."""
@@ -221,6 +221,11 @@ class Sent:
         return len(self.value)
 
     @property
+    def probes(self) -> int:
+        """Random images for `probes`: the spread of the mean falls with their number times their size."""
+        return max(3, min(PROBES, 4096 // self.pixels))
+
+    @property
     def update_rms(self) -> float:
         return float(self.value.square().mean().sqrt())
 
@@ -273,7 +278,7 @@ class Cost:
         solve = 9.0 * sent.pixels**3 * algebra
         return Cost(
             derivative=derivative,
-            iteration=2.0 * (PROBES * derivative + 2.0 * call * work.calls),
+            iteration=2.0 * (sent.probes * derivative + 2.0 * call * work.calls),
             exact=columns + 2.0 * sent.equations * n * n * algebra + solve,
             sketch=columns + SPREAD * n * sent.equations * element + 2.0 * SKETCH * n**3 * algebra + solve,
         )
@@ -420,9 +425,9 @@ def _by_probes(sent: Sent, most: int | None, generator: torch.Generator, progres
 
     Source: Hutchinson 1990; Hestenes and Stiefel 1952, Theorem 6:1 (the sums); Strakoš and Tichý 2002 (when to stop).
     """
-    n, pixels = sent.unknowns, sent.pixels
-    right = torch.zeros(PROBES, n, dtype=sent.at.dtype)
-    right[:, :pixels] = 2.0 * torch.randint(2, (PROBES, pixels), generator=generator) - 1.0
+    n, pixels, probes = sent.unknowns, sent.pixels, sent.probes
+    right = torch.zeros(probes, n, dtype=sent.at.dtype)
+    right[:, :pixels] = 2.0 * torch.randint(2, (probes, pixels), generator=generator) - 1.0
     right = right.to(sent.at.device)
     times, back = _products(sent)
     solution, residual, direction = torch.zeros_like(right), right.clone(), right.clone()
@@ -451,7 +456,7 @@ def _by_probes(sent: Sent, most: int | None, generator: torch.Generator, progres
     mean = float(variances.mean())
     if not (math.isfinite(mean) and mean > 0):
         raise NotApplicable("conjugate gradients broke down: the update hardly depends on the images")
-    spread = float(variances.std()) / math.sqrt(PROBES)
+    spread = float(variances.std()) / math.sqrt(probes)
     parts = (right * solution)[:, :pixels].mean(0).clamp_min(0.0).chunk(sent.images)
     return sent.floor(
         "probes",
@@ -459,7 +464,7 @@ def _by_probes(sent: Sent, most: int | None, generator: torch.Generator, progres
         math.sqrt(mean),
         relative_error=0.5 * spread / mean,
         per_image=tuple(math.sqrt(float(part.mean())) for part in parts) if done else (),
-        derivatives=2 * PROBES * iteration,
+        derivatives=2 * probes * iteration,
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedattack.config import AttackSettings, Experiment, Settings
 from fedattack.errors import FedattackError
+from fedattack.flooring import UNAVAILABLE, FloorRow, Floors
 from fedattack.jobs import Job, load_outcome, reconstruction_path
 from fedattack.metrics import baselines, matched_images, score
 from fedattack.planning import cell_facts, job_id, read_truth, row_facts, updates_of
@@ -37,15 +38,16 @@ NO_TRUTH = "no truth was recorded (a deployment has no witness)"
 def score_run(run: RunFolder, experiment: Experiment) -> list[Row]:
     """Score every finished job of the experiment and its baselines; writes rows.jsonl, history.jsonl and incidents.jsonl."""
     rows: list[Row] = []
+    floors = Floors(run, experiment)
     for settings in experiment.cells:
-        rows += _cell_rows(run, settings, experiment.score.lpips)
+        rows += _cell_rows(run, settings, experiment.score.lpips, floors)
     write_rows(run.rows, rows)
     _gather(run, experiment, "history")
     _gather(run, experiment, "incidents")
     return rows
 
 
-def _cell_rows(run: RunFolder, settings: Settings, lpips: Sequence[str]) -> Iterator[Row]:
+def _cell_rows(run: RunFolder, settings: Settings, lpips: Sequence[str], floors: Floors) -> Iterator[Row]:
     folder = run.federation(settings.federation_id)
     updates = updates_of(folder)
     if not updates:
@@ -54,10 +56,18 @@ def _cell_rows(run: RunFolder, settings: Settings, lpips: Sequence[str]) -> Iter
         yield from (facts | {"attack": attack.name, "attack_spec": attack.spec} for attack in settings.attack)
     for update_path in updates:
         truth = read_truth(folder, update_path)
+        floor = floors.row(settings, update_path) if settings.attack else None
         for attack in settings.attack:
-            yield _attack_row(run, settings, attack, update_path, truth, lpips)
+            row = _attack_row(run, settings, attack, update_path, truth, lpips)
+            yield row if floor is None else row | _floored(row, floor)
         if truth is not None and folder.public_images.exists() and settings.attack:
             yield from _baseline_rows(run, settings, folder, update_path, truth, lpips)
+
+
+def _floored(row: Row, floor: FloorRow) -> Row:
+    """The floor beside an attack's figures, and why where there is none."""
+    why = floor["reason"] if floor["status"] == UNAVAILABLE else floor["note"]
+    return {"floor": floor} | ({"missing": {**row.get("missing", {}), "floor": why}} if why else {})
 
 
 def _attack_row(

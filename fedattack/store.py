@@ -301,6 +301,10 @@ class RunFolder:
         return self.path / "scores"
 
     @property
+    def floors(self) -> Path:
+        return self.path / "floors"
+
+    @property
     def images(self) -> Path:
         return self.path / "images"
 

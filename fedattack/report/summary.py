@@ -158,6 +158,67 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 
 @dataclass(frozen=True, slots=True)
+class CellFloor:
+    """The error floor over the updates behind a line: the PSNR that noise leaves to an unbiased attack without a prior.
+
+    psnr_db: at the defense's noise, or at the rounding of what was sent (`rounding`). open: some floors are still higher,
+    hence these PSNRs too generous. hidden: of how many image directions the update that hides most tells nothing. sigma: the
+    geometric mean noise at which the floor passes target_db, and its share of the update's root mean square. without:
+    updates whose floor is not known.
+    """
+
+    psnr_db: Spread | None
+    rounding: bool
+    open: bool
+    hidden: int
+    pixels: int
+    sigma: float | None
+    share: float | None
+    target_db: float | None
+    without: int
+
+    @property
+    def words(self) -> str:
+        if self.hidden:
+            return f"not identifiable: {self.hidden:,} of {self.pixels:,}"
+        if self.psnr_db is None:
+            return "not available" if self.without else "–"
+        shown = f"{'≤ ' if self.open else ''}{plain_number(self.psnr_db.mean)}"
+        return f"{shown} (rounding)" if self.rounding else shown
+
+
+def cell_floor(rows: Sequence[Row]) -> CellFloor | None:
+    """None where no row says anything of a floor."""
+    floors = [floor for row in rows if isinstance(floor := row.get("floor"), Mapping)]
+    if not floors:
+        return None
+    known = [floor for floor in floors if number(floor.get("rms_per_sigma")) is not None]
+    noisy = [value for floor in known if (value := number(floor.get("floor_psnr_db"))) is not None]
+    rounded = [value for floor in known if (value := number(floor.get("rounding_psnr_db"))) is not None]
+    worst = max(known, key=lambda floor: number(floor.get("hidden")) or 0.0, default={})
+    pairs = [
+        (sigma, sigma / rms)
+        for floor in known
+        if (sigma := number(floor.get("sigma_at_target_db"))) and (rms := number(floor.get("update_rms")))
+    ]
+    return CellFloor(
+        psnr_db=spread([min(value, PSNR_CAP_DB) for value in noisy or rounded]),
+        rounding=not noisy,
+        open=any(floor.get("status") == "at least" for floor in known),
+        hidden=int(number(worst.get("hidden")) or 0),
+        pixels=int(number(worst.get("pixels")) or 0),
+        sigma=_geometric_mean([sigma for sigma, _ in pairs]),
+        share=_geometric_mean([share for _, share in pairs]),
+        target_db=next((value for floor in known if (value := number(floor.get("target_db"))) is not None), None),
+        without=len(floors) - len(known),
+    )
+
+
+def _geometric_mean(values: Sequence[float]) -> float | None:
+    return math.exp(statistics.fmean(math.log(value) for value in values)) if values else None
+
+
+@dataclass(frozen=True, slots=True)
 class Cell:
     """One attack or baseline against one defense in one case, over every image of every row.
 
@@ -187,6 +248,7 @@ class Cell:
     seconds: float | None
     seconds_per_step: float | None
     oracles: tuple[str, ...]
+    floor: CellFloor | None = None
 
     @property
     def jobs(self) -> int:
@@ -348,6 +410,7 @@ def _cell(key: tuple[str, str, str, str, bool], group: list[Row], baseline: str 
         seconds=mean(seconds),
         seconds_per_step=sum(t for t, _ in timed) / sum(n for _, n in timed) if timed else None,
         oracles=tuple(sorted({name for row in group for name in names(row, "oracles")})),
+        floor=None if base else cell_floor(group),
     )
 
 
@@ -425,7 +488,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
     """The attack × defense table as Markdown, for a README; the HTML report shows the same numbers."""
     head = [
         "case", "defense", "attack", "images", "PSNR dB, mean ± std (min to max)", "over best baseline, dB", "SSIM",
-        "LPIPS", "label accuracy", "exact", "seconds",
+        "LPIPS", "label accuracy", "exact", "floor, dB", "seconds",
     ]  # fmt: skip
     lines = [head, ["---"] * 3 + ["---:"] * (len(head) - 3)]
     for cell in summarise(rows):
@@ -442,6 +505,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
                 ", ".join(f"{net} {value:.3f}" for net, value in cell.lpips.items()) or "–",
                 label_text(cell),
                 f"{cell.exact}/{cell.images}" if cell.images else "–",
+                cell.floor.words if cell.floor else "–",
                 plain_number(cell.seconds),
             ]
         )

@@ -170,14 +170,16 @@ reaches <strong>{{ best.psnr_db.mean|db }} dB</strong> on average over {{ best.i
 {% if best.baseline %}; the best baseline ({{ best.baseline }}) has {{ best.baseline_db|db }} dB{% else %}; there is no baseline to compare with{% endif %}.</p>
 <p>{{ shares(best) }}\
 {% if best.failed_jobs %} <strong>{{ best.failed_jobs }} of {{ best.jobs|count("job") }} gave no result</strong>, so this is not the whole picture.{% endif %}\
-{% if best.oracles %} <span class="oracle">oracle</span> It was given what a real server does not have: {{ best.oracles|join(", ") }}.{% endif %}</p>
+{% if best.oracles %} <span class="oracle">oracle</span> It was given what a real server does not have: {{ best.oracles|join(", ") }}.{% endif %}\
+{% if best.floor and best.floor.sigma %} Noise of σ ≥ {{ best.floor.sigma|small }} on every coordinate, {{ best.floor.share|small }} of the update's root mean square, would keep \
+every unbiased attack below {{ best.floor.target_db|db(0) }} dB.{% endif %}</p>
 {% else %}
 <p class="say"><span class="badge v-undecided">no result</span> No attack gave a picture: see <a href="#failures">{{ titles.failures }}</a>.</p>
 {% endif %}
 {% if line.findings|length > 1 or line.reference %}
 <div class="scroll" tabindex="0" role="region" aria-label="Best attack per defense, {{ line.case }}"><table class="numbers">
 <thead><tr><th scope="col">Defense</th><th scope="col">Best attack</th><th scope="col">Mean PSNR, 0 to {{ exact_db|db(0) }} dB<small>the mark is the best baseline</small></th>
-<th scope="col" class="n">PSNR, dB</th><th scope="col" class="n">Effect of the defense, dB</th><th scope="col">Verdict</th></tr></thead><tbody>
+<th scope="col" class="n">PSNR, dB</th><th scope="col" class="n">Floor, dB</th><th scope="col" class="n">Effect of the defense, dB</th><th scope="col">Verdict</th></tr></thead><tbody>
 {% for finding in line.findings %}
 {% set cell = finding.best %}
 <tr><th scope="row">{{ finding.defense|defense }}</th>
@@ -185,10 +187,10 @@ reaches <strong>{{ best.psnr_db.mean|db }} dB</strong> on average over {{ best.i
 <td>{{ attack_name(cell) }}</td>
 <td><span class="bar f-{{ cell.verdict.split()[0] }}" aria-hidden="true"><i style="width:{{ cell.psnr_db.mean|percent }}%"></i>\
 {% if cell.baseline_db is not none %}<b style="left:{{ cell.baseline_db|percent }}%"></b>{% endif %}</span></td>
-<td class="n">{{ cell.psnr_db.mean|db }}</td><td class="n">{% if finding.effect_db is not none %}{{ finding.effect_db|signed }}{% else %}–{% endif %}</td>
+<td class="n">{{ cell.psnr_db.mean|db }}</td><td class="n">{{ cell.floor.words if cell.floor else "–" }}</td><td class="n">{% if finding.effect_db is not none %}{{ finding.effect_db|signed }}{% else %}–{% endif %}</td>
 <td>{{ badge(cell) }}</td>
 {% else %}
-<td colspan="5" class="soft">no attack gave a result</td>
+<td colspan="6" class="soft">no attack gave a result</td>
 {% endif %}
 </tr>
 {% endfor %}
@@ -203,7 +205,10 @@ reaches <strong>{{ best.psnr_db.mean|db }} dB</strong> on average over {{ best.i
 <b>partly recovered</b> at least {{ partly_gain_db|db(0) }} dB above it; otherwise no better than that baseline. An attack gets the strongest
 word that at least half of its images reach. PSNR has peak 1; {{ cap_db|db(0) }} dB means identical. Averages are over all images, and the
 best attack is the one with the highest average. The words follow PSNR alone: a noisy picture with a low
-PSNR may still be recognisable to a person, so look at the pictures. A weak result is a fact about these attacks, no proof of safety.</p>
+PSNR may still be recognisable to a person, so look at the pictures. A weak result is a fact about these attacks, no proof of safety.
+The <b>floor</b> (Cramér-Rao) is the PSNR that the noise on the update, or else its rounding, leaves to the best unbiased attack without a prior. “≤” marks one that was
+not computed to the end, so that the true one is lower; “not identifiable” counts image directions that the update does not tell at all. A prior, and the range
+[0, 1], may beat a floor that lies near the baselines.</p>
 {% endif %}
 </section>
 
@@ -251,9 +256,9 @@ is stated. Baselines are in italics; nearest-public looks at the truth and is a 
 <thead><tr><th scope="col">Attack</th><th scope="col" class="n">Jobs</th><th scope="col" class="n">Images</th><th scope="col" class="n">PSNR, dB<small>mean ± std</small></th>
 <th scope="col" class="n">Min to max</th><th scope="col" class="n">Over<small>baseline, dB</small></th><th scope="col" class="n">SSIM</th>{% for net in table.nets %}<th scope="col" class="n">LPIPS<small>{{ net }}</small></th>{% endfor %}
 <th scope="col" class="n">MSE<small>geometric</small></th><th scope="col" class="n">MSE<small>median</small></th><th scope="col" class="n">Labels<small>found</small></th>
-<th scope="col" class="n">Exact</th><th scope="col" class="n">Time<small>seconds a job</small></th><th scope="col" class="n">Time<small>ms a step</small></th></tr></thead>
+<th scope="col" class="n">Exact</th><th scope="col" class="n">Floor<small>dB</small></th><th scope="col" class="n">Time<small>seconds a job</small></th><th scope="col" class="n">Time<small>ms a step</small></th></tr></thead>
 {% for block in table.blocks %}
-<tbody><tr class="defense"><th scope="rowgroup" colspan="{{ 13 + table.nets|length }}">{{ block.defense|defense }}{% if block.facts %} <small>{{ block.facts }}</small>{% endif %}</th></tr>
+<tbody><tr class="defense"><th scope="rowgroup" colspan="{{ 14 + table.nets|length }}">{{ block.defense|defense }}{% if block.facts %} <small>{{ block.facts }}</small>{% endif %}</th></tr>
 {% for cell in block.cells %}
 <tr{% if cell.baseline_kind %} class="base"{% endif %}><th scope="row" class="name">{{ attack_name(cell) }}</th>
 {{ sortcell(cell.jobs, cell.jobs if not cell.failed_jobs else "%d of %d"|format(cell.jobs - cell.failed_jobs, cell.jobs)) }}
@@ -272,6 +277,7 @@ is stated. Baselines are in italics; nearest-public looks at the truth and is a 
 {{ sortcell(cell.mse_median, cell.mse_median|small) }}
 {{ sortcell(cell.label_accuracy, cell|labels) }}
 {{ sortcell(cell.exact if cell.images else none, "%d of %d"|format(cell.exact, cell.images) if cell.images else "–") }}
+{{ sortcell(cell.floor.psnr_db.mean if cell.floor and cell.floor.psnr_db else none, cell.floor.words if cell.floor else "–") }}
 {{ sortcell(cell.seconds, cell.seconds|small) }}
 {{ sortcell(cell.seconds_per_step, (cell.seconds_per_step * 1000)|small if cell.seconds_per_step is not none else "–") }}
 </tr>

@@ -1,0 +1,238 @@
+"""The error floors of the updates that a run copied: computed from their truths, once for each, and kept in the run folder.
+
+Part of scoring: attacks never see any of it. Updates that are equal to the last bit (the first round with and without a
+defense, say) share one floor.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedattack.config import Experiment, Settings
+from fedattack.errors import NotApplicable
+from fedattack.floor import Floor, error_floor
+from fedattack.jobs import torch_threads
+from fedattack.models import build_model
+from fedattack.planning import read_truth, server_facts, updates_of
+from fedattack.registry import DEFENSES
+from fedattack.seeding import derive_generator
+from fedattack.store import RunFolder, finite, load_update, read_json, write_json
+from fedattack.tasks import build_task
+from fedattack.types import Defense, Knowledge, Progress, Update, silent
+
+FloorRow = dict[str, Any]
+
+UNAVAILABLE = "not available"
+ORDER = (UNAVAILABLE, "at least", "estimate", "exact")
+"""How much is known of a floor, least first: what a later and better computation may replace."""
+
+
+@dataclass(frozen=True)
+class Protection:
+    """What stands between the gradient and the wire: clipping to a norm, then Gaussian noise; `unmodelled` names the rest.
+
+    noise_std is σ on every coordinate of what is sent, relative_std in multiples of its root mean square.
+    """
+
+    clip_norm: float | None = None
+    noise_std: float = 0.0
+    relative_std: float = 0.0
+    unmodelled: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(settings: Settings) -> "Protection":
+        """The cell's defenses and mods. Raises NotApplicable where a defense changes the images themselves."""
+        federation, found = settings.federation, Protection()
+        others = [mod for mod in federation.mods if not mod.startswith("secaggplus")]
+        for name, parameters in federation.defenses():
+            defense: Defense = DEFENSES.create(name, **parameters)
+            if type(defense).on_batch is not Defense.on_batch:
+                raise NotApplicable(f"{name} changes the images, and the witness has them as they were")
+            noisy = found.noise_std > 0 or found.relative_std > 0
+            facts = defense.describe()
+            if others:
+                others.append(name)
+            elif name == "norm-clipping" and not noisy:
+                found = replace(found, clip_norm=min(facts["clip_norm"], found.clip_norm or math.inf))
+            elif name == "gaussian-noise" and "noise_std" in facts:
+                found = replace(found, noise_std=math.hypot(found.noise_std, facts["noise_std"]))
+            elif name == "gaussian-noise" and not noisy:
+                found = replace(found, relative_std=facts["noise_std_over_update_rms"])
+            else:
+                others.append(name)
+        return replace(found, unmodelled=tuple(others))
+
+    def sigma(self, update_rms: float) -> float:
+        return math.hypot(self.noise_std, self.relative_std * update_rms)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One update whose floor is wanted, under one protection and one answer to whether the noise is known."""
+
+    settings: Settings
+    path: Path
+    update: Update
+    context: Mapping[str, Any]
+    truth: Mapping[str, Tensor]
+    protection: Protection
+    noise_known: bool
+
+    @property
+    def key(self) -> str:
+        """A digest of everything that the floor depends on."""
+        digest = hashlib.sha256()
+        for part in (self.update.sent, self.truth):
+            for name, tensor in sorted(part.items()):
+                digest.update(f"{name}{tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().double().contiguous().numpy().tobytes())
+        names = sorted(self.update.received)
+        how = (dict(self.context), self.update.kind, names, self.noise_known, self.protection.clip_norm)
+        digest.update(json.dumps(how, sort_keys=True, default=str).encode())
+        return digest.hexdigest()[:16]
+
+    def compute(self, method: str, seconds: float, progress: Progress) -> Floor:
+        """Rebuild model and task as an attack would, and take the floor at the truth."""
+        if self.path.stem.startswith("aggregate-") and (self.context.get("local_steps") or 1) > 1:
+            raise NotApplicable(
+                "several local steps of several clients, of which only the mean was seen, are not modelled"
+            )
+        context = self.context
+        model = build_model(
+            context["model"]["name"],
+            image_shape=context["image_shape"],
+            num_classes=context["num_classes"],
+            seed=0,
+            **context["model"].get("options", {}),
+        ).double()
+        model.train(context.get("mode", "train") == "train")
+        task = build_task(context["task"]["name"], context["task"].get("options"))
+        knowledge = Knowledge(**server_facts(self.update, dict(context)))
+        if self.noise_known:
+            knowledge = replace(knowledge, noise=self.truth.get("noise"))
+        with torch_threads(1):
+            return error_floor(
+                self.update,
+                model,
+                task,
+                knowledge,
+                {name: tensor for name, tensor in self.truth.items() if name in {"images", "labels", *task.drawn}},
+                method=method,
+                seconds=seconds,
+                clip_norm=self.protection.clip_norm,
+                generator=derive_generator(self.settings.seed, "floor", self.path.stem),
+                progress=progress,
+            )
+
+
+def target_of(run: RunFolder, settings: Settings, path: Path) -> Target:
+    """Raises NotApplicable where there is no truth, or a defense that has no floor."""
+    truth = read_truth(run.federation(settings.federation_id), path)
+    if truth is None:
+        raise NotApplicable("no truth was recorded (a deployment has no witness)")
+    update, context = load_update(path)
+    known = settings.task.name == "diffusion" and "noise" in settings.threat.visible()
+    return Target(settings, path, update, context, truth, Protection.of(settings), known)
+
+
+class Floors:
+    """The floors of a run. Each distinct update gets an even share of score.floor_seconds, or `seconds_each`."""
+
+    def __init__(
+        self, run: RunFolder, experiment: Experiment, *, method: str | None = None, seconds_each: float | None = None
+    ) -> None:
+        self._run = run
+        self._method = method or experiment.score.floor
+        self._db = experiment.score.floor_db
+        self._keys: dict[tuple[str, str], str] = {}
+        for settings, path in _updates(run, experiment) if self._method != "off" else ():
+            with suppress(NotApplicable):
+                self._keys[_identity(settings, path)] = target_of(run, settings, path).key
+        self._seconds = seconds_each or experiment.score.floor_seconds / max(1, len(set(self._keys.values())))
+
+    def row(self, settings: Settings, path: Path, progress: Progress = silent) -> FloorRow | None:
+        """What a result row says of the floor, None where floors are off."""
+        if self._method == "off":
+            return None
+        try:
+            target = target_of(self._run, settings, path)
+        except NotApplicable as reason:
+            return {"status": UNAVAILABLE, "reason": str(reason)}
+        kept = self._run.floors / f"{self._keys.get(_identity(settings, path)) or target.key}.json"
+        found: FloorRow = read_json(kept) if kept.exists() else {}
+        if not self._settled(found):
+            found = max(found, self._computed(target, progress), key=_worth)
+            write_json(kept, finite(found))
+        return _with_noise(found, target, self._db)
+
+    def _computed(self, target: Target, progress: Progress) -> FloorRow:
+        facts: FloorRow = {"asked": self._method, "seconds": self._seconds}
+        try:
+            return facts | asdict(target.compute(self._method, self._seconds, progress)) | {"reason": ""}
+        except NotApplicable as reason:
+            return facts | {"status": UNAVAILABLE, "reason": str(reason)}
+
+    def _settled(self, found: FloorRow) -> bool:
+        """Whether what is kept is as good as what would be computed now."""
+        if not found:
+            return False
+        if found["status"] == "exact" or (found["status"] == "estimate" and self._method in ("auto", found["method"])):
+            return True
+        same = found["asked"] == self._method
+        return same and (self._method in ("exact", "sketch") or found["seconds"] >= self._seconds * (1 - 1e-9))
+
+
+def _worth(found: FloorRow) -> int:
+    return ORDER.index(found["status"]) if found else -1
+
+
+def _updates(run: RunFolder, experiment: Experiment) -> Iterator[tuple[Settings, Path]]:
+    for settings in experiment.cells:
+        for path in updates_of(run.federation(settings.federation_id)):
+            yield settings, path
+
+
+def _identity(settings: Settings, path: Path) -> tuple[str, str]:
+    return f"{settings.federation_id}:{'noise' in settings.threat.visible()}", path.stem
+
+
+def _with_noise(kept: FloorRow, target: Target, db: float) -> FloorRow:
+    """The floor at the noise of the cell: the defense's, or else the rounding of its precision."""
+    found = {name: value for name, value in kept.items() if name not in ("asked", "seconds")}
+    if found["status"] == UNAVAILABLE:
+        return found
+    fields = {name: value for name, value in found.items() if name != "reason"}
+    floor = Floor(**fields | {"per_image": tuple(fields["per_image"])})
+    aggregate = target.path.stem.startswith("aggregate-")
+    protection = target.protection
+    sigma = protection.sigma(floor.update_rms)
+    if aggregate:
+        sigma /= math.sqrt(target.settings.federation.clients)  # a mean of independent noises
+    rounding = floor.rounding_sigma
+    if target.settings.precision == "float64":
+        rounding *= torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    notes = []
+    if protection.unmodelled:
+        notes.append(f"without {', '.join(protection.unmodelled)}, which the floor does not model")
+    if target.update.kind == "weights" and any(
+        name.endswith(("running_mean", "running_var")) for name in target.update.received
+    ):
+        notes.append("running statistics, which travel without noise, are not counted")
+    modelled = sigma > 0 and not protection.unmodelled
+    return found | {
+        "noise_std": sigma if modelled else None,
+        "floor_rms": floor.rms(sigma) if modelled else None,
+        "floor_psnr_db": floor.psnr_db(sigma) if modelled else None,
+        "rounding_psnr_db": None if aggregate or protection.unmodelled else floor.psnr_db(rounding),
+        "target_db": db,
+        "sigma_at_target_db": floor.sigma_at(db) if floor.identifiable is not False else 0.0,
+        "note": "; ".join(notes),
+    }

@@ -1,0 +1,278 @@
+"""The floors of a run: what stands between gradient and wire, what rows and report say, what is kept and what is not."""
+
+import json
+import math
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from experiments.campaign import run_campaign
+from fedattack.cli import app
+from fedattack.config import parse_config
+from fedattack.errors import FedattackError, NotApplicable
+from fedattack.flooring import Floors, Protection, target_of
+from fedattack.planning import updates_of
+from fedattack.report import markdown_table
+from fedattack.report.summary import cell_floor, summarise
+from fedattack.scoring import score_run
+from fedattack.store import read_rows
+
+NOISY = "norm-clipping(max_norm=0.5) + gaussian-noise(sigma=0.01)"
+SMALL = {
+    "seed": 5,
+    "data": {"options": {"image_size": 8}},
+    "model": {"name": "mlp", "options": {"hidden": [16]}},
+    "federation": {"clients": 2, "rounds": 1, "defense": ["none", "gaussian-noise(sigma=0.01)", NOISY]},
+    "score": {"lpips": []},
+    "pool": {"workers": 0},
+    "attack": ["linear-leak"],
+}
+DDPM = {
+    "task": {"name": "diffusion", "options": {"num_train_timesteps": 50}},
+    "model": {
+        "name": "unet",
+        "options": {"block_out_channels": [4], "attention": [], "mid_attention": False, "norm_num_groups": 2},
+    },
+    "data": {"options": {"image_size": 4}},
+}
+
+
+def experiment(*overrides: str, **sections):
+    return parse_config({**SMALL, **sections}, overrides=overrides)
+
+
+def floors_in(rows) -> dict[tuple[str, str], dict]:
+    return {(row["defense"], row["client"]): row["floor"] for row in rows if row["kind"] == "attack"}
+
+
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory):
+    """(run folder, experiment) of two clients under three defenses."""
+    wanted = experiment()
+    return run_campaign(wanted, tmp_path_factory.mktemp("floors") / "run").run, wanted
+
+
+# ------------------------------------------------------------------------------------------------ what is modelled
+@pytest.mark.parametrize(
+    ("defense", "mods", "expected"),
+    [
+        ("none", [], Protection()),
+        ("gaussian-noise(sigma=0.3) + gaussian-noise(sigma=0.4)", [], Protection(noise_std=0.5)),
+        ("gaussian-noise(sigma=0.3, relative=True)", [], Protection(relative_std=0.3)),
+        (
+            "norm-clipping(max_norm=2.0) + norm-clipping(max_norm=1.0) + gaussian-noise(sigma=0.1)",
+            [],
+            Protection(clip_norm=1.0, noise_std=0.1),
+        ),
+        (
+            "gaussian-noise(sigma=0.1) + norm-clipping(max_norm=1.0)",
+            [],
+            Protection(noise_std=0.1, unmodelled=("norm-clipping",)),
+        ),
+        ("none", ["fixedclipping"], Protection(unmodelled=("fixedclipping",))),
+    ],
+)
+def test_clipping_then_noise_is_modelled_and_the_rest_named(defense, mods, expected):
+    federation = {"clients": 1, "defense": defense}
+    if mods:
+        federation |= {"mods": mods, "protocol": "fedavg", "strategy": "dp-client-fixed"}
+        federation["strategy_options"] = {"noise_multiplier": 0.0, "clipping_norm": 1.0}
+    settings = experiment(federation=federation).cells[0]
+    found = Protection.of(settings)
+    assert found.noise_std == pytest.approx(expected.noise_std)
+    assert (found.clip_norm, found.relative_std, found.unmodelled) == (
+        expected.clip_norm,
+        expected.relative_std,
+        expected.unmodelled,
+    )
+
+
+def test_relative_noise_is_a_share_of_the_update():
+    assert Protection(relative_std=0.3).sigma(0.2) == pytest.approx(0.06)
+    assert Protection(noise_std=0.3).sigma(0.2) == 0.3
+
+
+# ------------------------------------------------------------------------------------------------ rows
+def test_rows_carry_the_floor_at_the_noise_of_their_defense(campaign):
+    run, _ = campaign
+    floors = floors_in(read_rows(run.rows))
+    assert len(floors) == 6
+    for client in ("client-0", "client-1"):
+        plain, noisy, clipped = (floors[d, client] for d in ("none", "gaussian-noise(sigma=0.01)", NOISY))
+        assert plain["status"] == noisy["status"] == "exact"
+        assert plain["rank"] == plain["unknowns"] == plain["pixels"] == 192
+        assert plain["noise_std"] is None
+        assert plain["rounding_psnr_db"] > 120
+        assert noisy["rms_per_sigma"] == plain["rms_per_sigma"]
+        assert noisy["floor_rms"] == pytest.approx(0.01 * noisy["rms_per_sigma"])
+        assert noisy["floor_psnr_db"] == pytest.approx(-20 * math.log10(noisy["floor_rms"]))
+        assert noisy["sigma_at_target_db"] == pytest.approx(0.1 / noisy["rms_per_sigma"])
+        norm = clipped["update_rms"] * clipped["equations"] ** 0.5
+        assert norm == pytest.approx(0.5)
+        assert clipped["rms_per_sigma"] > plain["rms_per_sigma"]
+
+
+def test_no_attack_beats_it_by_more_than_chance(campaign):
+    """linear-leak is an unbiased attack without a prior; what it reaches under noise stays below the floor's PSNR."""
+    run, _ = campaign
+    for row in read_rows(run.rows):
+        if row["kind"] == "attack" and row["floor"]["noise_std"]:
+            assert row["psnr_db"][0] < row["floor"]["floor_psnr_db"] + 1.0
+
+
+def test_equal_updates_share_a_floor_and_nothing_is_computed_twice(campaign, monkeypatch):
+    run, wanted = campaign
+    assert len(list(run.floors.glob("*.json"))) == 4  # two clients, clipped and not
+    before = list(read_rows(run.rows))
+    monkeypatch.setattr("fedattack.flooring.error_floor", lambda *_, **__: pytest.fail("computed again"))
+    score_run(run, wanted)
+    assert list(read_rows(run.rows)) == before
+
+
+def test_a_better_floor_replaces_a_bound_and_never_the_other_way_round(campaign, tmp_path):
+    run, wanted = campaign
+    settings = wanted.cells[0]
+    path = updates_of(run.federation(settings.federation_id))[0]
+    kept = run.floors / f"{target_of(run, settings, path).key}.json"
+    exact = kept.read_text()
+    kept.unlink()
+
+    def row(method: str, seconds: float):
+        return Floors(run, wanted, method=method, seconds_each=seconds).row(settings, path)
+
+    assert row("auto", 1e-9)["status"] == "not available"
+    assert "skipped: 192 unknowns" in row("auto", 1e-9)["reason"]
+    assert row("probes", 0.01)["status"] == "at least"
+    assert row("sketch", 1.0)["status"] == "estimate"
+    assert row("auto", 1e-9)["status"] == "estimate"
+    assert row("exact", 1.0)["status"] == "exact"
+    assert row("probes", 0.01)["status"] == "exact"
+    assert json.loads(kept.read_text())["rms_per_sigma"] == json.loads(exact)["rms_per_sigma"]
+
+
+def test_off_means_off(campaign):
+    run, wanted = campaign
+    off = wanted.model_copy(update={"score": wanted.score.model_copy(update={"floor": "off"})})
+    assert all("floor" not in row for row in score_run(run, off))
+    score_run(run, wanted)
+
+
+def test_without_a_witness_there_is_no_floor(campaign, tmp_path):
+    run, wanted = campaign
+    settings = wanted.cells[0]
+    path = tmp_path / "client-9-round-1.safetensors"
+    path.write_bytes(updates_of(run.federation(settings.federation_id))[0].read_bytes())
+    assert "no truth was recorded" in Floors(run, wanted).row(settings, path)["reason"]
+    with pytest.raises(NotApplicable, match="no truth"):
+        target_of(run, settings, path)
+
+
+@pytest.mark.parametrize("protocol", ["fedsgd", "fedavg"])
+def test_a_ddpm_with_its_noise_hidden_and_given(tmp_path, protocol):
+    federation = {"clients": 1, "rounds": 1, "protocol": protocol}
+    cases = [{"title": "hidden"}, {"title": "given", "threat": {"reveal": ["noise"]}}]
+    wanted = experiment(**DDPM, federation=federation, case=cases, attack=[{"name": "dlg-dm", "iterations": 1}])
+    rows = [row for row in run_rows(wanted, tmp_path / "run") if row["kind"] == "attack"]
+    hidden, given = (row["floor"] for row in rows)
+    assert (hidden["unknowns"], given["unknowns"]) == (96, 48)
+    assert hidden["rms_per_sigma"] > given["rms_per_sigma"] > 0
+
+
+def test_a_mean_of_several_clients(tmp_path):
+    """Under SecAgg+ the server sees the mean of two updates: the floor is that of the joint batch."""
+    federation = {"clients": 2, "rounds": 1, "protocol": "fedavg", "mods": ["secaggplus"]}
+    row = next(row for row in run_rows(experiment(federation=federation), tmp_path / "run") if row["kind"] == "attack")
+    assert row["client"] == "aggregate"
+    assert row["floor"]["unknowns"] == 2 * 192
+    assert row["floor"]["rounding_psnr_db"] is None
+
+
+def run_rows(wanted, folder):
+    return list(read_rows(run_campaign(wanted, folder).run.rows))
+
+
+# ------------------------------------------------------------------------------------------------ report
+def test_the_report_shows_it_beside_every_attack(campaign):
+    run, _ = campaign
+    page = run.report.read_text()
+    assert "Cramér-Rao" in page
+    assert "(rounding)" in page
+    assert "would keep" in page
+    rows = list(read_rows(run.rows))
+    for cell in summarise(rows):
+        if cell.baseline_kind:
+            assert cell.floor is None
+        else:
+            floors = [f for (defense, _), f in floors_in(rows).items() if defense == cell.defense]
+            key = "rounding_psnr_db" if cell.defense == "none" else "floor_psnr_db"
+            assert cell.floor.psnr_db.mean == pytest.approx(sum(f[key] for f in floors) / 2)
+            assert cell.floor.words in markdown_table(rows)
+
+
+def test_words_of_a_floor():
+    known = {"rms_per_sigma": 2.0, "hidden": 0, "pixels": 12, "update_rms": 0.5, "target_db": 20.0, "status": "exact"}
+    known |= {"floor_psnr_db": 30.04, "rounding_psnr_db": 150.0, "sigma_at_target_db": 0.05}
+
+    def words(*floors) -> str:
+        return cell_floor([{"floor": floor} for floor in floors]).words
+
+    assert cell_floor([{}, {"floor": None}]) is None
+    assert words(known) == "30.0"
+    assert words(known, known | {"floor_psnr_db": 34.0, "status": "at least"}) == "≤ 32.0"
+    assert words(known | {"floor_psnr_db": None}) == "150.0 (rounding)"
+    assert words(known, known | {"hidden": 1024, "pixels": 3072}) == "not identifiable: 1,024 of 3,072"
+    assert words({"status": "not available", "reason": "why"}) == "not available"
+    assert words(known, {"status": "not available"}) == "30.0"
+    found = cell_floor([{"floor": known}])
+    assert (found.sigma, found.share) == (pytest.approx(0.05), pytest.approx(0.1))
+
+
+# ------------------------------------------------------------------------------------------------ the command
+def test_the_command_measures_a_run_that_is_there(campaign, tmp_path):
+    run, _ = campaign
+    target = tmp_path / "floors.json"
+    done = CliRunner().invoke(app, ["floor", "--run", str(run.path), "--sigma", "1e-2,0.1", "--json", str(target)])
+    assert done.exit_code == 0, done.output
+    assert "192 / 192" in done.output
+    lines = json.loads(target.read_text())
+    assert len(lines) == 6
+    assert {line["floor"]["status"] for line in lines} == {"exact"}
+
+
+def test_the_command_trains_by_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "c.toml"
+    config.write_text(
+        'attack = ["linear-leak"]\npool.workers = 2\n[model]\nname = "mlp"\noptions = { hidden = [8] }\n'
+        "[data]\noptions = { image_size = 8 }\n[federation]\nclients = 1\nrounds = 1\n"
+    )
+    done = CliRunner().invoke(app, ["floor", str(config), "federation.batch_size=2", "--db", "30"])
+    assert done.exit_code == 0, done.output
+    assert "384" in done.output
+    assert "σ* (30 dB)" in done.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.toml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "needs a configuration, or --run"),
+        (["--run", "nowhere"], "a folder that `fedattack run` made"),
+        (["--method", "guess"], "--method must be one of"),
+        (["--sigma", "0.1,-1"], "--sigma must be positive numbers"),
+    ],
+)
+def test_mistakes_are_named(arguments, message, tmp_path):
+    done = CliRunner().invoke(app, ["floor", *arguments])
+    assert isinstance(done.exception, FedattackError)
+    assert message in str(done.exception)
+
+
+def test_floors_do_not_touch_global_randomness(campaign):
+    run, wanted = campaign
+    state = torch.random.get_rng_state()
+    settings = wanted.cells[0]
+    path = updates_of(run.federation(settings.federation_id))[0]
+    target_of(run, settings, path).compute("sketch", 10.0, lambda *_: None)
+    assert torch.equal(state, torch.random.get_rng_state())
