@@ -38,8 +38,12 @@ def build_defenses(settings: Settings) -> list[Defense]:
 
 
 def choose_examples(data: ImageData, settings: Settings, client: str, server_round: int, seed: int) -> list[int]:
-    """Indices of the images that a client uses in a round: without repetition, anew every round, from its own generator."""
-    order = torch.randperm(len(data), generator=derive_generator(seed, "examples", client, f"round-{server_round}"))
+    """Indices of the images that a client uses in a round: without repetition, from its own generator.
+
+    Anew every round, unless the settings ask for `same_examples`.
+    """
+    drawn_in = 1 if settings.federation.same_examples else server_round
+    order = torch.randperm(len(data), generator=derive_generator(seed, "examples", client, f"round-{drawn_in}"))
     chosen: list[int] = order[: settings.federation.images_per_round].tolist()
     return chosen
 

@@ -37,7 +37,8 @@ class Job:
     """An attack on the update at `update`. Paths are absolute; `knowledge` holds scalars, `tensors` a file with the rest.
 
     `public_images` is a file of its own since many jobs share it; the first `public_count` of it are known (0: all).
-    `context` overrides what the update's own file says about model and task. `facts` are carried into the result row unread.
+    `history` names further updates, see Knowledge. `context` overrides what the update's own file says about model and
+    task. `facts` are carried into the result row unread.
     """
 
     job: str
@@ -48,6 +49,7 @@ class Job:
     tensors: str = ""
     public_images: str = ""
     public_count: int = 0
+    history: list[str] = field(default_factory=list)
     context: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     timeout_seconds: float = 3600.0
@@ -109,7 +111,9 @@ def save_knowledge(path: Path, knowledge: Knowledge) -> dict[str, Any]:
     if tensors:
         write_tensors(path, tensors, {"type": "knowledge"})
     scalars = {
-        f.name: getattr(knowledge, f.name) for f in fields(Knowledge) if f.name not in {*ORACLES, "public_images"}
+        f.name: getattr(knowledge, f.name)
+        for f in fields(Knowledge)
+        if f.name not in {*ORACLES, "public_images", "history"}
     }
     return {name: value for name, value in scalars.items() if value is not None}
 
@@ -122,6 +126,8 @@ def load_knowledge(job: Job) -> Knowledge:
         values |= read_tensors(Path(job.tensors))[0]
     if job.public_images:
         values["public_images"] = read_tensors(Path(job.public_images))[0]["images"][: job.public_count or None]
+    if job.history:
+        values["history"] = tuple(load_update(Path(path))[0] for path in job.history)
     return Knowledge(**values)
 
 
@@ -190,7 +196,8 @@ def attack_update(
         **context["model"].get("options", {}),
     )
     model.train(context.get("mode", "train") == "train").to(device)
-    check_update(update, model)
+    for seen in (update, *(knowledge.history or ())):
+        check_update(seen, model)
     with suppress(MissingKnowledge):  # not every attack needs to know how large the unknowns are
         task.variables(knowledge)
     found = attack.reconstruct(
@@ -259,6 +266,7 @@ def _moved_knowledge(knowledge: Knowledge, device: torch.device | str) -> Knowle
         timesteps=moved(knowledge.timesteps),
         noise=moved(knowledge.noise),
         public_images=moved(knowledge.public_images),
+        history=tuple(_moved(seen, device) for seen in knowledge.history) if knowledge.history else None,
     )
 
 

@@ -18,7 +18,15 @@ from fedattack.config import FINAL, AttackSettings, Settings
 from fedattack.jobs import Job, save_knowledge
 from fedattack.knowledge import ORACLES, build_knowledge
 from fedattack.registry import ATTACKS, DEFENSES
-from fedattack.store import FederationFolder, RunFolder, load_update, read_tensors, write_json, write_tensors
+from fedattack.store import (
+    FederationFolder,
+    RunFolder,
+    load_update,
+    read_tensors,
+    update_name,
+    write_json,
+    write_tensors,
+)
 from fedattack.types import Update
 
 
@@ -123,7 +131,9 @@ def plan_jobs(settings: Settings, run: RunFolder, update_path: Path, *, timeout_
     )
     scalars = save_knowledge(tensors_path, knowledge)
     shows_public = "public_images" in visible and settings.threat.public_images > 0 and folder.public_images.exists()
-    known = sorted(knowledge.known() | ({"public_images"} if shows_public else set()))
+    history = earlier_updates(update_path, update, settings.threat.history) if "history" in visible else []
+    files = {"public_images": shows_public, "history": bool(history)}
+    known = sorted(knowledge.known() | {name for name, given in files.items() if given})
     return [
         Job(
             job=job_id(settings, update_path, attack),
@@ -134,6 +144,7 @@ def plan_jobs(settings: Settings, run: RunFolder, update_path: Path, *, timeout_
             tensors=str(tensors_path.resolve()) if set(known) & ORACLES else "",
             public_images=str(folder.public_images.resolve()) if shows_public else "",
             public_count=settings.threat.public_images,
+            history=[str(path.resolve()) for path in history],
             seed=settings.seed,
             timeout_seconds=timeout_seconds,
             facts={
@@ -148,11 +159,20 @@ def plan_jobs(settings: Settings, run: RunFolder, update_path: Path, *, timeout_
     ]
 
 
+def earlier_updates(path: Path, update: Update, most: int) -> list[Path]:
+    """The last `most` copies of the same client before this one, latest first."""
+    rounds = range(update.round - 1, 0, -1)
+    found = [path.with_name(f"{update_name(update.client, number)}{path.suffix}") for number in rounds]
+    return [copy for copy in found if copy.exists()][:most]
+
+
 def job_id(settings: Settings, update_path: Path, attack: AttackSettings) -> str:
     """A name that says what is attacked, with a digest of how."""
     how = [attack.parameters, sorted(settings.threat.visible()), settings.threat.public_images, settings.title]
     if settings.threat.prior:
         how.append(settings.threat.prior)
+    if settings.threat.history:
+        how.append(["history", settings.threat.history])
     digest = _digest([*how, _own_source(attack.name)])
     return f"{settings.federation_id}--{update_path.stem}--{attack.name.replace(':', '.')}-{digest}"
 
