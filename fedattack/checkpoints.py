@@ -189,7 +189,9 @@ def _read_unet(folder: Path, model: nn.Module) -> dict[str, Tensor]:
 
     with seeded_default_generator(0):
         try:
-            loaded = UNet2DModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+            loaded = UNet2DModel.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+            )
         except (OSError, ValueError, RuntimeError) as error:
             raise FedattackError(must(str(folder), "a U-Net that diffusers can load", str(error)[:500])) from error
     state = {f"unet.{name}": tensor for name, tensor in loaded.state_dict().items()}
