@@ -19,7 +19,7 @@ QUICK = {
     "seed": 3,
     "data": {"options": {"image_size": 16}},
     "federation": {"clients": 2, "rounds": 2, "learning_rate": 0.05},
-    "score": {"lpips": []},
+    "score": {"lpips": [], "floor": "off"},
     "model": {"name": "mlp", "options": {"hidden": [32]}},
     "attack": ["linear-leak"],
 }
