@@ -367,13 +367,13 @@ def _print_floors(lines: list[dict[str, Any]], sigmas: list[float], db: float) -
         value = -20.0 * math.log10(noise * floor["rms_per_sigma"])
         return ("≤ " if floor["status"] == "at least" else "") + plain_number(value)
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     for title, defense in dict.fromkeys((line["case"], line["defense"]) for line in lines):
         table = Table(title=f"{title} · {defense_label(defense)}", title_justify="left")
         own = "rounding" if defense == "none" else "defense's σ"
         heads = ["update", "method", "rank / unknowns", "condition", "rms per σ", "update rms", f"dB at {own}"]
         for head in [*heads, *(f"dB at σ={s:g}" for s in sigmas), f"σ* ({db:g} dB)", "σ*/update rms"]:
-            table.add_column(head, justify="left" if head in ("update", "method") else "right")
+            table.add_column(head, justify="left" if head in ("update", "method") else "right", no_wrap=True)
         notes = []
         for line in (item for item in lines if (item["case"], item["defense"]) == (title, defense)):
             floor, name = line["floor"], f"{line['client']}, round {line['round']}"
