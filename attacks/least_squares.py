@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp
 
-from fedattack.jacobians import Function, jacobian_transposed
-from fedattack.jacobians import by_rows as by_rows
+from fedattack.jacobians import Function, Linearised, jacobian_transposed
+
+PROJECTION = 1e-3
+"""How exactly matrix-free searches solve for the linear unknowns."""
 
 PATIENCE, STALLED = 8, 0.97
 """A search is given up where the last so many trials together have not lowered ‖ρ‖² to this share."""
@@ -295,6 +297,130 @@ class Projected:
     def linear(self) -> DenseLinear:
         moved = jacobian_transposed(lambda x: self.function(x, self.linear_unknowns), self.x, self.chunk)
         return DenseLinear.of(self.residual, moved - (moved @ self.basis) @ self.basis.T)
+
+
+@dataclass
+class Latest:
+    """The linear unknowns found last: where the next search for them starts."""
+
+    y: Tensor
+
+
+@dataclass(frozen=True)
+class ProjectedFree:
+    """ρ(x, y) = A(x)·y − b(x) with the best y, found by conjugate gradients: `Projected` without any matrix.
+
+    `function` takes x and y in one vector, in plain autograd. inner: most iterations of one solve.
+    """
+
+    function: Function
+    x: Tensor
+    linear_unknowns: Tensor
+    residual: Tensor
+    inner: int
+    latest: Latest
+
+    @staticmethod
+    def at(function: Function, x: Tensor, inner: int, latest: Latest) -> "ProjectedFree":
+        known = len(x)
+        local = Linearised.at(function, torch.cat([x, latest.y]))
+
+        def times(y: Tensor) -> Tensor:
+            return local.times(torch.cat([torch.zeros_like(x), y]))
+
+        def back(vector: Tensor) -> Tensor:
+            return local.back(vector)[known:]
+
+        change, residual = conjugate_gradients(times, back, local.value, inner, PROJECTION)
+        return ProjectedFree(function, x, latest.y + change, residual, inner, latest)
+
+    def linear(self) -> "ProjectedFreeLinear":
+        known = len(self.x)
+        local = Linearised.at(self.function, torch.cat([self.x, self.linear_unknowns]))
+        probe = torch.cat([self.residual.new_ones(known), torch.zeros_like(self.linear_unknowns)])
+        slope = local.back(local.value)
+        for _ in range(2):  # the sizes of both blocks by a few power iterations
+            probe = local.back(local.times(probe / probe.norm()))
+            probe = torch.cat([probe[:known], torch.zeros_like(self.linear_unknowns)])
+        other = torch.cat([torch.zeros_like(self.x), slope[known:] + 1.0])
+        for _ in range(2):
+            other = local.back(local.times(other / other.norm()))
+            other = torch.cat([torch.zeros_like(self.x), other[known:]])
+        return ProjectedFreeLinear(self, local, float(probe.norm()), float(other.norm()))
+
+
+@dataclass
+class ProjectedFreeLinear:
+    """Damped steps in x with y free, both at once. scale, linear_scale: the largest eigenvalues of the two blocks of JᵀJ."""
+
+    point: ProjectedFree
+    local: Linearised
+    scale: float
+    linear_scale: float
+    left: float = math.nan
+
+    def solve(self, damping: float) -> Tensor | None:
+        known, rows = len(self.point.x), len(self.local.value)
+        sizes = torch.cat(
+            [
+                torch.full_like(self.point.x, self.scale**-0.5),
+                torch.full_like(self.point.linear_unknowns, self.linear_scale**-0.5),
+            ]
+        )
+        weight = math.sqrt(damping)
+
+        def times(z: Tensor) -> Tensor:
+            z = sizes * z
+            return torch.cat([self.local.times(z), weight * z[:known]])
+
+        def back(vector: Tensor) -> Tensor:
+            product = self.local.back(vector[:rows])
+            product[:known] += weight * vector[rows:]
+            return sizes * product
+
+        right = torch.cat([self.local.value, torch.zeros_like(self.point.x)])
+        precision = max(1e-8, min(PROJECTION, 0.1 * float(self.local.value.norm())))
+        step, left = conjugate_gradients(times, back, right, self.point.inner, precision)
+        step = sizes * step
+        self.left = _squared(left[:rows])
+        self.point.latest.y = self.point.linear_unknowns + step[known:]
+        return step[:known]
+
+    def predicted(self, step: Tensor) -> float:
+        return self.left
+
+    def spectrum(self) -> Tensor | None:
+        return None
+
+
+def conjugate_gradients(
+    times: Callable[[Tensor], Tensor],
+    back: Callable[[Tensor], Tensor],
+    residual: Tensor,
+    most: int,
+    precision: float,
+) -> tuple[Tensor, Tensor]:
+    """(z, residual + J·z) that minimises ‖residual + J·z‖, by CGLS (Hestenes and Stiefel 1952), from z = 0.
+
+    Ends where ‖Jᵀ·r‖ ≤ precision·‖J‖·‖r‖ (the rule of LSQR, Paige and Saunders 1982), or after `most` iterations.
+    """
+    left = -residual
+    slope = back(left)
+    z, direction, size, norm = torch.zeros_like(slope), slope, _squared(slope), 0.0
+    for _ in range(most):
+        if size == 0 or not math.isfinite(size):
+            break
+        image = times(direction)
+        squared = _squared(image)
+        norm = max(norm, math.sqrt(squared / _squared(direction)))
+        z = z + (size / squared) * direction
+        left = left - (size / squared) * image
+        slope = back(left)
+        before, size = size, _squared(slope)
+        if math.sqrt(size) <= precision * norm * float(left.norm()):
+            break
+        direction = slope + (size / before) * direction
+    return z, -left
 
 
 def _least_squares(matrix: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, int]:

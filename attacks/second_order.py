@@ -22,11 +22,12 @@ from torch.func import grad, vjp
 from attacks.labels import infer_labels
 from attacks.least_squares import (
     Dense,
+    Latest,
     MatrixFree,
     Point,
     Projected,
+    ProjectedFree,
     Solution,
-    by_rows,
     levenberg_marquardt,
     numerical_rank,
 )
@@ -34,6 +35,7 @@ from attacks.matching import Problem, check_options, pose
 from attacks.noise import differences, mean_difference, noise_level, variation_rows, variation_slopes
 from attacks.timesteps import with_timesteps
 from fedattack.errors import FedattackError, NotApplicable, must, one_of
+from fedattack.jacobians import by_rows
 from fedattack.tasks import Diffusion, Task, bind
 from fedattack.types import Knowledge, Progress, Reconstruction, State, Update, silent
 
@@ -49,6 +51,9 @@ ENTRIES = 1 << 24
 
 JACOBIAN = 1 << 27
 """How many numbers a whole Jacobian may hold under noise, where every equation dropped costs accuracy (1 GB in float64)."""
+
+PROJECTED = 512
+"""Pixels beyond which the search with projected noise is matrix-free."""
 
 REWEIGHTINGS = 2
 """How often the quadratic bound on total variation is renewed where noise is projected out."""
@@ -67,7 +72,8 @@ class SecondOrder:
     "step". damping: of the first step, in units of the largest diagonal entry of JᵀJ. sketch: equations kept for each
     unknown, 0 for all, never fewer than 4,096; four times as many where noise is unknown (with fewer, most of those
     searches get stuck). dense_limit: unknowns beyond which no Jacobian is formed and each step takes up to `inner_steps`
-    iterations of conjugate gradients. spectrum: whether rank and condition number are computed at the end.
+    iterations of conjugate gradients (with unknown noise at most 512 pixels: there this is faster, and keeps every
+    equation). spectrum: whether rank and condition number are computed at the end.
 
     sigma: standard deviation of Gaussian noise on every entry of the (pseudo-)gradient; None: what the known defense says,
     else none. With noise the whitened problem is solved, all equations kept as far as memory allows, with a total-variation
@@ -361,8 +367,6 @@ def _search_noisy(case: _Case) -> Reconstruction:
         )
     shape = problem.unknown["images"].shape
     pixels = math.prod(shape)
-    if pixels > attack.dense_limit:
-        raise NotApplicable(f"unknown noise needs a dense Jacobian: {pixels} pixels are more than dense_limit")
     if case.count < 2 * pixels:
         raise NotApplicable(f"{case.count} numbers cannot tell {2 * pixels} unknowns (images and noise)")
     timesteps = problem.known["timesteps"]
@@ -370,7 +374,9 @@ def _search_noisy(case: _Case) -> Reconstruction:
     signal, spread = alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
     starts = problem.start(attack.restarts, case.generator, attack.start)
     noisy = signal * (2.0 * starts["images"] - 1.0) + spread * starts["noise"]
-    case = case.sketched(4 * attack.sketch, 2 * pixels)
+    dense = pixels <= min(attack.dense_limit, PROJECTED)
+    if dense:
+        case = case.sketched(4 * attack.sketch, 2 * pixels)
     equations = case.views[0].equations
     trained = {name: problem.sent[name] for name in problem.observed}
 
@@ -394,7 +400,13 @@ def _search_noisy(case: _Case) -> Reconstruction:
 
     def residual(slopes: Tensor, x: Tensor, r: Tensor) -> Tensor:
         pulled = (2.0 / pixels) * r.reshape(shape)
-        simulated = grad(lambda weights: (pulled * predict(weights, x)).sum())(trained)
+        if dense:
+            simulated = grad(lambda weights: (pulled * predict(weights, x)).sum())(trained)
+        else:  # plain autograd, whose graphs the matrix-free search keeps
+            at = {name: tensor.detach().requires_grad_() for name, tensor in trained.items()}
+            seen = (pulled * predict(at, x)).sum()
+            found = torch.autograd.grad(seen, list(at.values()), create_graph=True, materialize_grads=True)
+            simulated = dict(zip(at, found, strict=True))
         return torch.cat([equations.residual(simulated), unlikely(x, r, slopes)])
 
     def matrix(slopes: Tensor, x: Tensor) -> Tensor:
@@ -407,15 +419,26 @@ def _search_noisy(case: _Case) -> Reconstruction:
 
         return by_rows(row, pixels, _chunk(case.count), x)
 
+    def dense_at(slopes: Tensor) -> Callable[[Tensor], Point]:
+        return lambda x: Projected.at(partial(matrix, slopes), partial(residual, slopes), x, _chunk(case.count))
+
+    def free_at(slopes: Tensor) -> Callable[[Tensor], Point]:
+        latest = Latest(torch.zeros(pixels).to(noisy))
+
+        def both(z: Tensor) -> Tensor:
+            return residual(slopes, z[:pixels], z[pixels:])
+
+        return lambda x: ProjectedFree.at(both, x, attack.inner_steps, latest)
+
     def finish(solution: Solution) -> dict[str, Tensor]:
-        assert isinstance(solution.point, Projected)
+        assert isinstance(solution.point, Projected | ProjectedFree)
         with torch.no_grad():
             return private(solution.x, solution.point.linear_unknowns)
 
     def solve(start: Tensor, told: Told) -> Solution:
         slopes = torch.full_like(differences(start.reshape(shape)), 1.0 / case.difference)
         for _ in range(1 + REWEIGHTINGS):
-            at = partial(Projected.at, partial(matrix, slopes), partial(residual, slopes), chunk=_chunk(case.count))
+            at = dense_at(slopes) if dense else free_at(slopes)
             solution = _searched(attack, at, start, told)
             if case.prior == 0 or not math.isfinite(solution.costs[-1]):
                 break
@@ -478,7 +501,7 @@ def _multistart(
         "starts_succeeded": float(sum(end[0] <= case.success for end in ends)),
         "equations": float(equations),
         "unknowns": float(unknowns),
-        "dense": float(not isinstance(solution.point, MatrixFree)),
+        "dense": float(not isinstance(solution.point, MatrixFree | ProjectedFree)),
     }
     if len(case.views) > 1:
         diagnostics["rounds_seen"] = float(len(case.views))

@@ -1,6 +1,7 @@
 """Jacobians formed whole, for attacks by least squares and for the error floor: many directions in one vmapped pass."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,3 +48,32 @@ def _units(start: int, stop: int, count: int, like: Tensor) -> Tensor:
     units = torch.zeros(stop - start, count, dtype=like.dtype, device=like.device)
     units[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
     return units
+
+
+@dataclass(frozen=True)
+class Linearised:
+    """A function's value at one point, and products with its Jacobian J there, each for the price of a backward pass."""
+
+    value: Tensor
+    times: Callable[[Tensor], Tensor]
+    back: Callable[[Tensor], Tensor]
+
+    @staticmethod
+    def at(function: Function, x: Tensor) -> "Linearised":
+        """times(u) = J·u, back(v) = Jᵀ·v. `function` must be written in plain autograd, to third derivatives.
+
+        J·u is the derivative of v ↦ Jᵀ·v, which is linear: its graph is built once (the double-backward trick).
+        """
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            value = function(x)
+            dummy = torch.zeros_like(value, requires_grad=True)
+            (pulled,) = torch.autograd.grad(value, x, dummy, create_graph=True)
+
+        def times(direction: Tensor) -> Tensor:
+            return torch.autograd.grad(pulled, dummy, direction, retain_graph=True)[0]
+
+        def back(vector: Tensor) -> Tensor:
+            return torch.autograd.grad(value, x, vector, retain_graph=True)[0]
+
+        return Linearised(value.detach(), times, back)
