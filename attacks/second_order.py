@@ -437,13 +437,15 @@ def _search_noisy(case: _Case) -> Reconstruction:
 
     def solve(start: Tensor, told: Told) -> Solution:
         slopes = torch.full_like(differences(start.reshape(shape)), 1.0 / case.difference)
+        costs: tuple[float, ...] = ()
         for _ in range(1 + REWEIGHTINGS):
             at = dense_at(slopes) if dense else free_at(slopes)
             solution = _searched(attack, at, start, told)
+            costs += solution.costs
             if case.prior == 0 or not math.isfinite(solution.costs[-1]):
                 break
             start, slopes = solution.x, variation_slopes(finish(solution)["images"], case.difference)
-        return solution
+        return replace(solution, costs=costs)
 
     return _multistart(case, solve, noisy.reshape(attack.restarts, -1), finish, 2 * pixels)
 

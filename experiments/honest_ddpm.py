@@ -1,0 +1,160 @@
+"""A DDPM client under the server's own threat model: image, noise and timestep unknown, t uniform in 0 … 999.
+
+    python -m experiments.honest_ddpm [--size 8] [--images 10] [--sigma 0 0.01 0.1] [--weights FOLDER] [--out ROWS.jsonl]
+
+For each image a new draw of t and ε, and an untrained U-Net of a new seed (or the trained one of `--weights`, a diffusers
+folder); the update is a float64 gradient with Gaussian noise of `sigma` times its own rms. Rows and a Markdown table: PSNR
+of `second-order` (given σ where there is noise), whether it was certified, starts and steps it took, and the error floor
+(Cramér-Rao, unbiased and without a prior). PSNR has peak 1 on [0, 1]; seconds are wall clock beside the load average.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from fedattack.checkpoints import load_weights
+from fedattack.data import load_dataset
+from fedattack.errors import NotApplicable
+from fedattack.floor import error_floor
+from fedattack.jobs import torch_threads
+from fedattack.metrics import psnr_db
+from fedattack.models import build_model
+from fedattack.registry import ATTACKS
+from fedattack.seeding import derive_generator
+from fedattack.store import append_row
+from fedattack.tasks import build_task, simulate
+from fedattack.types import Knowledge, Update
+
+CIFAR = Path(__file__).resolve().parents[2] / "shared/data/cifar10_subset.npz"
+UNET = {"block_out_channels": (16,), "attention": (), "mid_attention": False, "norm_num_groups": 4}
+
+
+def run(
+    image: Tensor, label: Tensor, public: Tensor, seed: int, sigma: float, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """One client, one attack, as a row."""
+    task = build_task("diffusion", {"prediction_type": arguments.prediction})
+    shape = (image.shape[1], image.shape[2], image.shape[3])
+    options = UNET | {"block_out_channels": tuple(arguments.channels)}
+    if arguments.attention:
+        options["attention"] = (0,)
+    model = build_model("unet", image_shape=shape, num_classes=None, seed=seed, **options).double()
+    if arguments.weights:
+        model.load_state_dict({n: t.double() for n, t in load_weights(Path(arguments.weights), model, task).items()})
+    private = dict(task.draw(image, label, generator=derive_generator(seed, "client")))
+    if arguments.timestep is not None:
+        private["timesteps"] = torch.full_like(private["timesteps"], arguments.timestep)
+    sent = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    received = {n: t.detach() for n, t in simulate(model, sent, task, [private], kind="gradient").items()}
+    rms = (sum(float(t.square().sum()) for t in received.values()) / sum(t.numel() for t in received.values())) ** 0.5
+    noise = derive_generator(seed, "defense")
+    clean = Update(round=1, client="0", sent=sent, received=received, kind="gradient", num_examples=1)
+    noisy = {n: t + sigma * rms * torch.randn(t.shape, generator=noise, dtype=t.dtype) for n, t in received.items()}
+    update = replace(clean, received=noisy if sigma > 0 else received)
+    knowledge = Knowledge(image_shape=shape, batch_size=1, public_images=public)
+    told = replace(knowledge, defense=f"gaussian-noise(sigma={sigma * rms!r})") if sigma > 0 else knowledge
+    attack = ATTACKS.create("second-order", restarts=arguments.restarts, iterations=arguments.iterations)
+    found = attack.reconstruct(update, model, task, told, generator=derive_generator(seed, "attack"))
+    assert found.timesteps is not None
+    row = {
+        "size": image.shape[-1],
+        "weights": arguments.weights or "untrained",
+        "seed": seed,
+        "sigma": sigma,
+        "timestep": int(private["timesteps"][0]),
+        "timestep_found": int(found.timesteps[0]),
+        "psnr_db": min(float(psnr_db(found.images.double(), image)), 200.0),
+        "mean_image_psnr_db": float(psnr_db(public.mean(0, keepdim=True).double(), image)),
+        "steps": found.steps,
+        "seconds": found.seconds,
+        "load": os.getloadavg()[0],
+        **found.diagnostics,
+    }
+    try:
+        floor = error_floor(
+            clean,
+            model,
+            task,
+            knowledge,
+            private,
+            seconds=arguments.floor_seconds,
+            generator=derive_generator(seed, "floor"),
+        )
+        row |= {"floor_rms_per_sigma": floor.rms_per_sigma, "floor_condition": floor.condition, "update_rms": rms}
+    except NotApplicable as reason:
+        row["floor_missing"] = str(reason)
+    return row
+
+
+def line(sigma: float, rows: Sequence[dict[str, Any]]) -> str:
+    psnrs = sorted(row["psnr_db"] for row in rows)
+    floors = [
+        -20.0 * torch.tensor(row["floor_rms_per_sigma"] * sigma * row["update_rms"]).log10().item()
+        for row in rows
+        if sigma > 0 and row.get("floor_rms_per_sigma")
+    ]
+    cells = [
+        f"{sigma:g}",
+        f"{sum(row['timestep'] == row['timestep_found'] for row in rows)}/{len(rows)}",
+        f"{sum(psnr > 40 for psnr in psnrs)}/{len(rows)}",
+        f"{sum(row['certified'] for row in rows):.0f}",
+        f"{median(psnrs):.1f} ({psnrs[0]:.1f} to {psnrs[-1]:.1f})",
+        f"{median(floors):.1f} ({min(floors):.1f} to {max(floors):.1f})" if floors else "–",
+        f"{median(row['starts'] for row in rows):.0f}",
+        f"{median(row['steps'] for row in rows):.0f}",
+        f"{median(row['seconds'] for row in rows):.0f}",
+        f"{median(row['load'] for row in rows):.1f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+HEADER = (
+    "| σ / rms | t exact | > 40 dB | certified | PSNR, dB: median (range) | floor, dB | starts | steps | seconds | load |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--size", type=int, default=8)
+    parser.add_argument("--first", type=int, default=0, help="seed and index of the first image")
+    parser.add_argument("--images", type=int, default=10)
+    parser.add_argument("--split", choices=("test", "private"), default="test", help="private: for choosing options")
+    parser.add_argument("--sigma", type=float, nargs="+", default=[0.0])
+    parser.add_argument("--timestep", type=int, help="of every image; default: drawn")
+    parser.add_argument("--prediction", choices=("epsilon", "v_prediction"), default="epsilon")
+    parser.add_argument("--channels", type=int, nargs="+", default=[16])
+    parser.add_argument("--attention", action="store_true", help="attention at full size")
+    parser.add_argument(
+        "--weights", default="", help="a trained U-Net of this shape: diffusers folder or safetensors file"
+    )
+    parser.add_argument("--restarts", type=int, default=16)
+    parser.add_argument("--iterations", type=int, default=60)
+    parser.add_argument("--floor-seconds", type=float, default=60.0)
+    parser.add_argument("--out", type=Path, help="a JSON line for every image")
+    chosen = parser.parse_args(arguments)
+    data = load_dataset(f"npz:{CIFAR}" if CIFAR.is_file() else "patches")
+    part = getattr(data, chosen.split)
+    public = interpolate(data.public.images(range(min(256, len(data.public)))), chosen.size, mode="area")
+    print(HEADER, flush=True)
+    with torch_threads(1):
+        for sigma in chosen.sigma:
+            rows = []
+            for seed in range(chosen.first, chosen.first + chosen.images):
+                image = interpolate(part.images([seed]).double(), chosen.size, mode="area")
+                rows.append(run(image, part.labels[[seed]], public, seed, sigma, chosen))
+                if chosen.out:
+                    append_row(chosen.out, rows[-1])
+            print(line(sigma, rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()
