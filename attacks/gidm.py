@@ -39,9 +39,10 @@ class GIDM:
 
     learning_rate: of the latent (in its unit variance) and of pixels in [0, 1]; timestep_learning_rate: of relaxed timesteps,
     in timesteps. interval: S, iterations before the noise starts or stops moving; noise_optimised False leaves it as drawn.
-    timesteps: "leak", "relaxed" (real numbers) or "argmax". eta: 0 DDIM, 1 DDPM, its noise drawn once. clip: the sampler's
-    estimates are cut to [−1, 1]. boxed: pixels are projected to [0, 1] in the fine-tuning phase. start: of the
-    pixels where there is no generative phase. memory_mib: what the sampler may keep for the way back; steps past it run twice.
+    timesteps: "leak", "relaxed" (real numbers) or "argmax". eta: 0 DDIM, 1 DDPM, its noise drawn once. clip: the sampler cuts
+    its estimates of the image to [−1, 1], as diffusers does by default (without it small models sample nothing like images).
+    boxed: pixels are projected to [0, 1] in the fine-tuning phase. start: of the pixels where there is no generative phase.
+    memory_mib: what the sampler may keep for the way back; steps past it run twice.
     """
 
     name: ClassVar[str] = "gidm"
@@ -59,7 +60,7 @@ class GIDM:
     distance: str = "l2"
     sampling_steps: int = 20
     eta: float = 0.0
-    clip: bool = False
+    clip: bool = True
     boxed: bool = False
     start: str = "uniform"
     restarts: int = 1

@@ -55,7 +55,12 @@ SMOOTH = Case("mlp", "mlp", {"hidden": (32,), "activation": "sigmoid"})
 LENET = Case("lenet", "lenet", {"channels": 12})
 DENOISER = Case("unet", "unet", UNET, task="diffusion", task_options={"num_train_timesteps": 20})
 GREY = {"start": "grey"}
-FEW = {**GREY, "learning_rate": 0.1, "sampling_steps": 1}  # first-order attacks on diffusion models in few iterations
+FEW = {
+    **GREY,
+    "learning_rate": 0.1,
+    "sampling_steps": 1,
+    "clip": False,
+}  # first-order attacks on diffusion models in few iterations
 LADDER = [
     Rung("mlp", SMOOTH, 30, GREY),
     Rung("lenet", LENET, 30, GREY),

@@ -1,0 +1,157 @@
+"""Does GIDM's generative phase help? Untrained and trained weights attacked, their own or a public model as the prior.
+
+    python -m experiments.gidm_prior [--images 5] [--training-steps 1500] [--prior FOLDER] [--out FILE.jsonl]
+    python -m experiments.gidm_prior --images 0 --size 32 --channels 32 64 64 --prior FOLDER      only trains the prior
+
+A small U-Net is first trained on public faces (CelebA; the attacked ones are LFW's) and saved as a DDPMPipeline. Then one
+gradient a face is attacked: t drawn at random, ε and t known, or ε unknown and t read off the update. dlg-dm has as many
+iterations as gidm's two phases together; generative is the first of them alone. PSNR has peak 1 on [0, 1].
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedattack.data import load_dataset
+from fedattack.jobs import torch_threads
+from fedattack.metrics import psnr_db
+from fedattack.models import build_model
+from fedattack.priors import load_prior
+from fedattack.registry import ATTACKS
+from fedattack.seeding import derive_generator
+from fedattack.store import append_row
+from fedattack.tasks import Diffusion, simulate
+from fedattack.types import Knowledge, Update
+
+SHARED = Path(__file__).resolve().parents[2] / "shared/data"
+
+
+def build(size: int, channels: Sequence[int], seed: int) -> Any:
+    """A U-Net with attention at the bottom only."""
+    options = {"block_out_channels": tuple(channels), "attention": (), "mid_attention": True, "norm_num_groups": 8}
+    return build_model("unet", image_shape=(3, size, size), num_classes=None, seed=seed, **options)
+
+
+def train(model: Any, size: int, folder: Path, steps: int, batch: int = 64, rate: float = 2e-3) -> None:
+    """Train the model on public faces by DDPM's loss with Adam, its weights averaged along the way, and save it."""
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    faces = load_dataset(f"npz:{SHARED / 'celeba10k_jpeg.npz'}", image_size=size).public
+    task = Diffusion()
+    generator = derive_generator(0, "training")
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    for step in range(steps):
+        images = faces.images(torch.randint(len(faces), (batch,), generator=generator).tolist())
+        private = task.draw(images, torch.zeros(batch), generator=generator)
+        loss = task.loss(model, private)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / 100) * (1.0 - step / steps)
+        optimizer.step()
+        for name, tensor in model.state_dict().items():
+            average[name].lerp_(tensor, 1.0 if step < 200 else 0.01)
+        if (step + 1) % 100 == 0:
+            print(f"training: step {step + 1} of {steps}, loss {loss.item():.4f}", flush=True)
+    model.load_state_dict(average)
+    DDPMPipeline(unet=model.unet, scheduler=DDPMScheduler()).save_pretrained(folder)
+
+
+def victim(model: Any, number: int, image: Tensor, hidden: bool) -> tuple[Update, Knowledge]:
+    """A client's float32 gradient of one face, and what the attacker knows."""
+    task = Diffusion()
+    private = task.draw(image[None], torch.zeros(1), generator=derive_generator(number, "client"))
+    sent = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    received = {n: t.detach() for n, t in simulate(model, sent, task, [private], kind="gradient").items()}
+    oracles = {} if hidden else {"noise": private["noise"], "timesteps": private["timesteps"]}
+    shape = (image.shape[0], image.shape[1], image.shape[2])
+    knowledge = Knowledge(image_shape=shape, batch_size=1, **oracles)
+    return Update(1, "0", sent, received, "gradient", 1), knowledge
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--images", type=int, default=5, help="faces attacked; 0: only train the prior")
+    parser.add_argument("--size", type=int, default=16)
+    parser.add_argument("--channels", type=int, nargs="+", default=[16, 32], help="of the U-Net's levels")
+    parser.add_argument("--training-steps", type=int, default=1500)
+    parser.add_argument("--generative", type=int, default=200, help="iterations of the generative phase")
+    parser.add_argument("--fine-tuning", type=int, default=400, help="iterations of the fine-tuning phase")
+    parser.add_argument("--sampling-steps", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=0.01, help="the paper's; of the generative phase too")
+    parser.add_argument("--prior", type=Path, default=Path("runs/gidm-prior"), help="trained there where it is not yet")
+    parser.add_argument("--only", nargs="*", default=[], help="settings that hold one of these texts")
+    parser.add_argument("--out", type=Path, help="a JSON line for every attack on every image")
+    chosen = parser.parse_args(arguments)
+    with torch_threads(1):
+        if not chosen.prior.is_dir():
+            train(build(chosen.size, chosen.channels, 0), chosen.size, chosen.prior, chosen.training_steps)
+        if not chosen.images:
+            return
+        weights = load_prior(str(chosen.prior)).network.state_dict()
+        faces = load_dataset(f"npz:{SHARED / 'lfw64.npz'}", image_size=chosen.size).private.images(range(chosen.images))
+        total = chosen.generative + chosen.fine_tuning
+        both = {"sampling_steps": chosen.sampling_steps, "learning_rate": chosen.learning_rate}
+        phases = {"generative_iterations": chosen.generative, "fine_tuning_iterations": chosen.fine_tuning}
+        matching = ("dlg-dm", "", {"iterations": total, "learning_rate": chosen.learning_rate})
+        attacks: list[tuple[str, str, dict[str, Any]]] = [matching]
+        for prior in ("sent", "public"):
+            attacks.append(("generative", prior, {**both, "generative_iterations": chosen.generative}))
+            attacks.append(("gidm", prior, {**both, **phases}))
+        print(
+            "| attacked weights | ε, t | attack | prior | PSNR, dB: mean ± std (each) | own loss (each) |\n"
+            "|---|---|---|---|---|---|"
+        )
+        for trained in (False, True):
+            for hidden in (False, True):
+                for name, prior, options in attacks:
+                    setting = [
+                        "trained" if trained else "untrained",
+                        "unknown" if hidden else "known",
+                        name,
+                        prior or "-",
+                    ]
+                    if trained and prior == "public":
+                        continue  # the same weights
+                    if chosen.only and not any(text in " " + " ".join(setting) for text in chosen.only):
+                        continue
+                    psnrs, losses = [], []
+                    for number, face in enumerate(faces):
+                        model = build(chosen.size, chosen.channels, 1000 + number)
+                        if trained:
+                            model.load_state_dict(weights)
+                        update, knowledge = victim(model, number, face, hidden)
+                        if prior == "public":
+                            knowledge = replace(knowledge, prior=str(chosen.prior))
+                        attack = ATTACKS.create(name, **options)
+                        generator = derive_generator(number, "attack")
+                        found = attack.reconstruct(update, model, Diffusion(), knowledge, generator=generator)
+                        psnrs.append(float(psnr_db(found.images, face[None])))
+                        silence = found.diagnostics.get("silence")
+                        relative = found.losses[-1] / (1.0 if silence else _power(update))
+                        losses.append(relative)
+                        if chosen.out:
+                            row = {"weights": setting[0], "hidden": hidden, "attack": name, "prior": prior}
+                            facts = {"image": number, "psnr_db": psnrs[-1], "loss": relative, **found.diagnostics}
+                            append_row(chosen.out, row | facts)
+                    spread = f"{mean(psnrs):.1f} ± {stdev(psnrs) if len(psnrs) > 1 else 0.0:.1f}"
+                    each = " ".join(f"{value:.1f}" for value in psnrs)
+                    print(
+                        f"| {' | '.join(setting)} | {spread} ({each}) | {' '.join(f'{x:.0e}' for x in losses)} |",
+                        flush=True,
+                    )
+
+
+def _power(update: Update) -> float:
+    return sum(float(tensor.square().sum()) for tensor in update.received.values())
+
+
+if __name__ == "__main__":
+    main()
