@@ -22,7 +22,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from attacks.matching import DISTANCES, Distance, Match, Problem, check_options, objective, pose, reconstruction
+from attacks.matching import (
+    DISTANCES,
+    Distance,
+    Match,
+    Problem,
+    check_options,
+    objective,
+    pose,
+    reconstruction,
+    silence_cost,
+)
 from attacks.timestep_sources import SOURCES, check_source, settle_timesteps
 from fedattack.errors import FedattackError, must
 from fedattack.priors import Noises, Prior, draw_noises, load_prior, prior_of, sample, step_bytes
@@ -122,7 +132,7 @@ class GIDM:
             restart_losses=tuple(final.tolist()),
         )
         found = reconstruction(problem, match, perf_counter() - begun)
-        found.diagnostics.update(diagnostics, silence=phases.silence)
+        found.diagnostics.update(diagnostics, silence=phases.silence, relative_loss=found.diagnostics["loss"])
         return found
 
 
@@ -139,8 +149,7 @@ class Phases:
     """Adam on what is searched, on relaxed timesteps, and every other interval on the noise: one `search` a phase."""
 
     def __init__(self, problem: Problem, distance: Distance, options: GIDM, progress: Progress) -> None:
-        zero = {name: torch.zeros_like(tensor) for name, tensor in problem.observed.items()}
-        self.silence = float(distance(zero, problem.observed))
+        self.silence = silence_cost(problem, distance)
         self._scale = 1.0 / self.silence if self.silence > 0 else 1.0
         self._losses_of = objective(problem, distance)
         self._timesteps = problem.unknown.get("timesteps")

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from attacks.matching import DISTANCES, adam, check_options, pose, reconstruction
+from attacks.matching import DISTANCES, adam, check_options, pose, reconstruction, silence_cost
 from attacks.timestep_sources import check_source, settle_timesteps
 from fedattack.tasks import Task
 from fedattack.types import Knowledge, Progress, Reconstruction, Update, silent
@@ -58,10 +58,11 @@ class DLGdm:
         knowledge, diagnostics = settle_timesteps(update, model, task, knowledge, self.timesteps)
         scale_free = self.distance == "cosine"
         problem = pose(update, model, task, knowledge, precision=self.precision, scale_free=scale_free)
+        distance = DISTANCES[self.distance]
         match = adam(
             problem,
             problem.start(self.restarts, generator, self.start),
-            distance=DISTANCES[self.distance],
+            distance=distance,
             iterations=self.iterations,
             learning_rate=self.learning_rate,
             boxed=self.boxed,
@@ -69,7 +70,10 @@ class DLGdm:
             progress=progress,
         )
         found = reconstruction(problem, match, perf_counter() - begun)
-        found.diagnostics.update(diagnostics)
+        silence = silence_cost(problem, distance)
+        found.diagnostics.update(diagnostics, silence=silence)
+        if silence > 0:
+            found.diagnostics["relative_loss"] = found.diagnostics["loss"] / silence
         return found
 
 

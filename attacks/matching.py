@@ -225,6 +225,11 @@ def objective(problem: Problem, distance: Distance, penalty: Penalty | None = No
     return each if _updates_buffers(problem.model) else together
 
 
+def silence_cost(problem: Problem, distance: Distance) -> float:
+    """The distance of a zero update from the observed one: what a loss is worth is seen beside it."""
+    return float(distance({n: torch.zeros_like(t) for n, t in problem.observed.items()}, problem.observed))
+
+
 def adam(
     problem: Problem,
     start: Mapping[str, Tensor],
@@ -286,7 +291,7 @@ def lbfgs(
     curvature from steps with yᵀs below the absolute 1e-10, and would stand still around a relative distance of 1e-8.
     """
     losses_of = objective(problem, distance)
-    silence = float(distance({n: torch.zeros_like(t) for n, t in problem.observed.items()}, problem.observed))
+    silence = silence_cost(problem, distance)
     scale = 1e6 / silence if silence > 0 else 1.0
     restarts = len(next(iter(start.values())))
     ends, histories, final = [], [], []

@@ -9,6 +9,7 @@ iterations as gidm's two phases together; generative is the first of them alone.
 """
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -97,60 +98,52 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         weights = load_prior(str(chosen.prior)).network.state_dict()
         faces = load_dataset(f"npz:{SHARED / 'lfw64.npz'}", image_size=chosen.size).private.images(range(chosen.images))
-        total = chosen.generative + chosen.fine_tuning
-        both = {"sampling_steps": chosen.sampling_steps, "learning_rate": chosen.learning_rate}
-        phases = {"generative_iterations": chosen.generative, "fine_tuning_iterations": chosen.fine_tuning}
-        matching = ("dlg-dm", "", {"iterations": total, "learning_rate": chosen.learning_rate})
-        attacks: list[tuple[str, str, dict[str, Any]]] = [matching]
-        for prior in ("sent", "public"):
-            attacks.append(("generative", prior, {**both, "generative_iterations": chosen.generative}))
-            attacks.append(("gidm", prior, {**both, **phases}))
         print(
-            "| attacked weights | ε, t | attack | prior | PSNR, dB: mean ± std (each) | own loss (each) |\n"
+            "| attacked weights | ε, t | attack | prior | PSNR, dB: mean ± std (each) | own loss ÷ silence (each) |\n"
             "|---|---|---|---|---|---|"
         )
-        for trained in (False, True):
-            for hidden in (False, True):
-                for name, prior, options in attacks:
-                    setting = [
-                        "trained" if trained else "untrained",
-                        "unknown" if hidden else "known",
-                        name,
-                        prior or "-",
-                    ]
-                    if trained and prior == "public":
-                        continue  # the same weights
-                    if chosen.only and not any(text in " " + " ".join(setting) for text in chosen.only):
-                        continue
-                    psnrs, losses = [], []
-                    for number, face in enumerate(faces):
-                        model = build(chosen.size, chosen.channels, 1000 + number)
-                        if trained:
-                            model.load_state_dict(weights)
-                        update, knowledge = victim(model, number, face, hidden)
-                        if prior == "public":
-                            knowledge = replace(knowledge, prior=str(chosen.prior))
-                        attack = ATTACKS.create(name, **options)
-                        generator = derive_generator(number, "attack")
-                        found = attack.reconstruct(update, model, Diffusion(), knowledge, generator=generator)
-                        psnrs.append(float(psnr_db(found.images, face[None])))
-                        silence = found.diagnostics.get("silence")
-                        relative = found.losses[-1] / (1.0 if silence else _power(update))
-                        losses.append(relative)
-                        if chosen.out:
-                            row = {"weights": setting[0], "hidden": hidden, "attack": name, "prior": prior}
-                            facts = {"image": number, "psnr_db": psnrs[-1], "loss": relative, **found.diagnostics}
-                            append_row(chosen.out, row | facts)
-                    spread = f"{mean(psnrs):.1f} ± {stdev(psnrs) if len(psnrs) > 1 else 0.0:.1f}"
-                    each = " ".join(f"{value:.1f}" for value in psnrs)
-                    print(
-                        f"| {' | '.join(setting)} | {spread} ({each}) | {' '.join(f'{x:.0e}' for x in losses)} |",
-                        flush=True,
-                    )
+        for trained, hidden, (name, prior, options) in itertools.product((False, True), (False, True), attacks(chosen)):
+            setting = ["trained" if trained else "untrained", "unknown" if hidden else "known", name, prior or "-"]
+            if trained and prior == "public":
+                continue  # the same weights
+            if chosen.only and not any(text in " " + " ".join(setting) for text in chosen.only):
+                continue
+            found = []
+            for number, face in enumerate(faces):
+                model = build(chosen.size, chosen.channels, 1000 + number)
+                if trained:
+                    model.load_state_dict(weights)
+                update, knowledge = victim(model, number, face, hidden)
+                if prior == "public":
+                    knowledge = replace(knowledge, prior=str(chosen.prior))
+                generator = derive_generator(number, "attack")
+                attack = ATTACKS.create(name, **options)
+                result = attack.reconstruct(update, model, Diffusion(), knowledge, generator=generator)
+                facts = {"image": number, "psnr_db": float(psnr_db(result.images, face[None])), **result.diagnostics}
+                found.append({"weights": setting[0], "hidden": hidden, "attack": name, "prior": prior, **facts})
+                if chosen.out:
+                    append_row(chosen.out, found[-1])
+            print(line(setting, found), flush=True)
 
 
-def _power(update: Update) -> float:
-    return sum(float(tensor.square().sum()) for tensor in update.received.values())
+def attacks(chosen: argparse.Namespace) -> list[tuple[str, str, dict[str, Any]]]:
+    """(attack, prior, options): matching alone, then the generative phase alone and both phases with either prior."""
+    both = {"sampling_steps": chosen.sampling_steps, "learning_rate": chosen.learning_rate}
+    generative = {**both, "generative_iterations": chosen.generative}
+    gidm = {**generative, "fine_tuning_iterations": chosen.fine_tuning}
+    total = chosen.generative + chosen.fine_tuning
+    matching = ("dlg-dm", "", {"iterations": total, "learning_rate": chosen.learning_rate})
+    phases = [[("generative", prior, generative), ("gidm", prior, gidm)] for prior in ("sent", "public")]
+    return [matching, *itertools.chain.from_iterable(phases)]
+
+
+def line(setting: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
+    """A line of the table."""
+    psnrs = [row["psnr_db"] for row in rows]
+    spread = f"{mean(psnrs):.1f} ± {stdev(psnrs) if len(psnrs) > 1 else 0.0:.1f}"
+    each = " ".join(f"{value:.1f}" for value in psnrs)
+    losses = " ".join(f"{row['relative_loss']:.0e}" for row in rows)
+    return f"| {' | '.join(setting)} | {spread} ({each}) | {losses} |"
 
 
 if __name__ == "__main__":

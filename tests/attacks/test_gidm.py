@@ -293,6 +293,8 @@ def test_baselines_find_the_image_when_noise_and_timestep_are_known():
         found, images = run(attack, known=("noise", "timesteps"))
         assert float(psnr_db(found.images, images.float())) > 25.0, attack.name
         assert found.losses[-1] < 1e-2 * found.losses[0]
+        assert found.diagnostics["relative_loss"] * found.diagnostics["silence"] == pytest.approx(found.losses[-1])
+    assert found.diagnostics["silence"] == 1.0  # of the cosine
     assert (DLGdm().distance, InvGdm().distance) == ("l2", "cosine")
 
 
