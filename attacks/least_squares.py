@@ -14,7 +14,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp
 
 from fedattack.jacobians import Function, Linearised, jacobian_transposed
 
@@ -192,55 +191,75 @@ class Dense:
 
 
 # ---------------------------------------------------------------------------------------------------- matrix-free
-@dataclass(frozen=True)
+@dataclass
 class MatrixFreeLinear:
-    """Products with J and Jᵀ only. solve() is CGLS, stopped at a relative residual of `precision`."""
+    """Products with J and Jᵀ only. solve() is CGLS, stopped at a relative residual of `precision`.
 
-    function: Function
-    x: Tensor
-    residual: Tensor
-    back: Callable[[Tensor], Tensor]
+    extremes: estimates of the largest and smallest singular value of J from the latest solve; the true ones lie outside, by
+    as much as that solve was cut short.
+    """
+
+    local: Linearised
     gradient: Tensor
     inner: int
     precision: float
+    extremes: tuple[float, float] = (0.0, 0.0)
 
     @property
     def scale(self) -> float:
         norm = float(self.gradient.norm())
-        return _squared(self.times(self.gradient / norm)) if norm > 0 else 0.0
-
-    def times(self, step: Tensor) -> Tensor:
-        product: Tensor = jvp(self.function, (self.x,), (step,))[1]
-        return product.detach()
+        return _squared(self.local.times(self.gradient / norm)) if norm > 0 else 0.0
 
     def solve(self, damping: float) -> Tensor | None:
-        step = torch.zeros_like(self.x)
-        left = -self.residual  # −ρ − J·d
+        step = torch.zeros_like(self.gradient)
+        left = -self.local.value  # −ρ − J·d
         slope = -self.gradient  # Jᵀ·left − damping·d
         direction, size = slope, _squared(slope)
         enough = self.precision**2 * size
+        lengths: list[float] = []
+        ratios: list[float] = []
         for _ in range(self.inner):
-            if size <= enough or size == 0:
+            if size <= enough or size == 0 or not math.isfinite(size):
                 break
-            image = self.times(direction)
+            image = self.local.times(direction)
             length = size / (_squared(image) + damping * _squared(direction))
             step = step + length * direction
             left = left - length * image
-            slope = self.back(left) - damping * step
+            slope = self.local.back(left) - damping * step
             before, size = size, _squared(slope)
             direction = slope + (size / before) * direction
+            lengths.append(length)
+            ratios.append(size / before)
+        self.extremes = _ritz(lengths, ratios, damping)
         return step
 
     def predicted(self, step: Tensor) -> float:
-        return _squared(self.residual + self.times(step))
+        return _squared(self.local.value + self.local.times(step))
 
     def spectrum(self) -> Tensor | None:
         return None
 
 
+def _ritz(lengths: list[float], ratios: list[float], damping: float) -> tuple[float, float]:
+    """Extreme singular values of J from conjugate gradients on JᵀJ + damping, which is Lanczos' method in disguise.
+
+    Source: Golub and Van Loan, Matrix Computations, 4th ed., section 11.3: T_kk = 1/α_k + β_{k−1}/α_{k−1},
+    T_{k,k+1} = √β_k/α_k.
+    """
+    if not lengths or not all(map(math.isfinite, (*lengths, *ratios))):
+        return 0.0, 0.0
+    inverse = 1.0 / torch.tensor(lengths, dtype=torch.float64)
+    beta = torch.tensor(ratios[:-1], dtype=torch.float64)
+    diagonal = inverse.clone()
+    diagonal[1:] += beta * inverse[:-1]
+    beside = beta.sqrt() * inverse[:-1]
+    values = torch.linalg.eigvalsh(torch.diag(diagonal) + torch.diag(beside, 1) + torch.diag(beside, -1)) - damping
+    return float(values[-1].clamp_min(0.0).sqrt()), float(values[0].clamp_min(0.0).sqrt())
+
+
 @dataclass(frozen=True)
 class MatrixFree:
-    """ρ at x; J is never formed. Each step takes up to `inner` iterations of conjugate gradients."""
+    """ρ at x, written in plain autograd; J is never formed. Each step takes up to `inner` conjugate gradients."""
 
     function: Function
     x: Tensor
@@ -253,17 +272,10 @@ class MatrixFree:
             return MatrixFree(function, x, function(x), inner)
 
     def linear(self) -> MatrixFreeLinear:
-        pull: Callable[..., tuple[Tensor]] = vjp(self.function, self.x)[1]
-
-        def back(vector: Tensor) -> Tensor:
-            product: Tensor = pull(vector, retain_graph=True)[0]
-            return product.detach()
-
+        local = Linearised.at(self.function, self.x)
         # the inner problem is solved more exactly as the outer one converges (Eisenstat and Walker 1996)
-        precision = min(0.1, float(self.residual.norm()))
-        return MatrixFreeLinear(
-            self.function, self.x, self.residual, back, back(self.residual), self.inner, max(precision, 1e-8)
-        )
+        precision = min(0.1, float(local.value.norm()))
+        return MatrixFreeLinear(local, local.back(local.value), self.inner, max(precision, 1e-8))
 
 
 # ---------------------------------------------------------------------------------------------------- projected

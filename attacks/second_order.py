@@ -9,7 +9,7 @@ keeps a few equations for each unknown.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
@@ -24,6 +24,7 @@ from attacks.least_squares import (
     Dense,
     Latest,
     MatrixFree,
+    MatrixFreeLinear,
     Point,
     Projected,
     ProjectedFree,
@@ -33,6 +34,7 @@ from attacks.least_squares import (
 )
 from attacks.matching import Problem, check_options, pose
 from attacks.noise import differences, mean_difference, noise_level, variation_rows, variation_slopes
+from attacks.smoothing import kinks, smoothed, spreads
 from attacks.timesteps import with_timesteps
 from fedattack.errors import FedattackError, NotApplicable, must, one_of
 from fedattack.jacobians import by_rows
@@ -50,10 +52,17 @@ ENTRIES = 1 << 24
 """How many numbers one chunk of Jacobian columns may hold."""
 
 JACOBIAN = 1 << 27
-"""How many numbers a whole Jacobian may hold under noise, where every equation dropped costs accuracy (1 GB in float64)."""
+"""How many numbers a whole Jacobian may hold (1 GB in float64) where every equation dropped costs: under noise, and where
+gradients jump."""
 
 PROJECTED = 512
 """Pixels beyond which the search with projected noise is matrix-free."""
+
+SMOOTHING = (0.5, 0.2, 0.08, 0.03, 0.01)
+"""Widths of a continuation to sharp activations, in standard deviations of what an activation is given at the start."""
+
+SMOOTHED = 1e-12
+"""A smoothed model need not be matched better than this."""
 
 REWEIGHTINGS = 2
 """How often the quadratic bound on total variation is renewed where noise is projected out."""
@@ -70,10 +79,13 @@ class SecondOrder:
     independent equations as unknowns) a result is called exact.
     start: "grey", "normal" or "uniform", see Problem.start. box: images are clamped to [0, 1] at the "end" or after each
     "step". damping: of the first step, in units of the largest diagonal entry of JᵀJ. sketch: equations kept for each
-    unknown, 0 for all, never fewer than 4,096; four times as many where noise is unknown (with fewer, most of those
-    searches get stuck). dense_limit: unknowns beyond which no Jacobian is formed and each step takes up to `inner_steps`
-    iterations of conjugate gradients (with unknown noise at most 512 pixels: there this is faster, and keeps every
-    equation). spectrum: whether rank and condition number are computed at the end.
+    unknown, 0 for all, never fewer than 4,096; all that memory allows for models with ReLUs, four times as many where
+    noise is unknown (with fewer, most of those searches get stuck). dense_limit: unknowns beyond which no Jacobian is
+    formed and each step takes up to `inner_steps` iterations of conjugate gradients (with unknown noise at most 512
+    pixels: there this is faster, and keeps every equation).
+    smoothing_iterations: trial steps, before those on the model itself, at each of five widths of smoothed copies of a model
+    whose modules include ReLUs, the gradients of which jump; 0: none. spectrum: whether rank and condition number are
+    computed at the end (beyond dense_limit only a lower bound of the condition number, from the conjugate gradients).
 
     sigma: standard deviation of Gaussian noise on every entry of the (pseudo-)gradient; None: what the known defense says,
     else none. With noise the whitened problem is solved, all equations kept as far as memory allows, with a total-variation
@@ -95,6 +107,7 @@ class SecondOrder:
     sketch: float = 3.0
     dense_limit: int = 4096
     inner_steps: int = 300
+    smoothing_iterations: int = 10
     spectrum: bool = True
     sigma: float | None = None
     prior_weight: float = 0.5
@@ -325,23 +338,24 @@ def _search_images(case: _Case) -> Reconstruction:
     unknowns = math.prod(variable.shape)
     dense = unknowns <= attack.dense_limit
     starts = problem.start(attack.restarts, case.generator, attack.start)["images"].reshape(attack.restarts, -1)
-    if dense:
+    widths = SMOOTHING if attack.smoothing_iterations > 0 and kinks(problem.model) else ()
+    if dense and not (widths and case.count * unknowns <= JACOBIAN):
         case = case.sketched(attack.sketch, unknowns)
 
-    def function(x: Tensor) -> Tensor:
+    def function(views: Sequence[_View], x: Tensor) -> Tensor:
         images = x.reshape(variable.shape)
         rows = [
-            case.share(view) * view.equations.residual(view.problem.simulated({"images": images}))
-            for view in case.views
+            case.share(view) * view.equations.residual(view.problem.simulated({"images": images}, transformable=dense))
+            for view in views
         ]
         if case.prior > 0:
             rows.append(case.prior * variation_rows(images, case.difference))
         return torch.cat(rows)
 
-    def at(x: Tensor) -> Point:
+    def at(views: Sequence[_View], x: Tensor) -> Point:
         if dense:
-            return Dense.at(function, x, _chunk(case.count))
-        return MatrixFree.at(function, x, attack.inner_steps)
+            return Dense.at(partial(function, views), x, _chunk(case.count))
+        return MatrixFree.at(partial(function, views), x, attack.inner_steps)
 
     def finish(solution: Solution) -> dict[str, Tensor]:
         return {"images": solution.x.reshape(variable.shape)}
@@ -349,9 +363,26 @@ def _search_images(case: _Case) -> Reconstruction:
     box = (torch.zeros_like(starts[0]), torch.ones_like(starts[0])) if attack.box == "step" else None
 
     def solve(start: Tensor, told: Told) -> Solution:
-        return _searched(attack, at, start, told, box)
+        trials: list[float] = []
+        spread = spreads(problem.model, problem.sent, start.reshape(variable.shape)) if widths else {}
+        for width in widths:
+            brief = replace(attack, iterations=attack.smoothing_iterations, tolerance=SMOOTHED)
+            views = [_smoothed(view, {name: width * size for name, size in spread.items()}) for view in case.views]
+            found = _searched(brief, partial(at, views), start, _later(told, len(trials)), box)
+            start = found.x if math.isfinite(found.costs[-1]) else start
+            trials += found.costs[1:]
+        found = _searched(attack, partial(at, case.views), start, _later(told, len(trials)), box)
+        return replace(found, costs=(*trials, *found.costs))
 
-    return _multistart(case, solve, starts, finish, unknowns)
+    return _multistart(case, solve, starts, finish, unknowns, len(widths) * attack.smoothing_iterations)
+
+
+def _smoothed(view: _View, widths: Mapping[str, float]) -> _View:
+    return replace(view, problem=replace(view.problem, model=smoothed(view.problem.model, widths)))
+
+
+def _later(told: "Told", done: int) -> "Told":
+    return lambda iteration, cost: told(done + iteration, cost)
 
 
 # ---------------------------------------------------------------------------------------------------- unknown noise
@@ -478,15 +509,16 @@ def _multistart(
     starts: Tensor,
     finish: Callable[[Solution], dict[str, Tensor]],
     unknowns: int,
+    before: int = 0,
 ) -> Reconstruction:
-    """One start after another until one explains the update; the lowest verdict wins."""
+    """One start after another until one explains the update; the lowest verdict wins. before: trials besides iterations."""
     attack, problem = case.attack, case.views[0].problem
     ends: list[tuple[float, Solution, dict[str, Tensor]]] = []
     trials = 0
     for number, start in enumerate(starts):
 
-        def told(iteration: int, cost: float, done: int = number * attack.iterations) -> None:
-            case.progress(done + iteration, len(starts) * attack.iterations, cost)
+        def told(iteration: int, cost: float, done: int = number * (before + attack.iterations)) -> None:
+            case.progress(done + iteration, len(starts) * (before + attack.iterations), cost)
 
         solution = solve(start, told)
         trials += len(solution.costs) - 1
@@ -520,6 +552,10 @@ def _multistart(
             rank += solution.point.linear_rank
             determined = determined and rank == unknowns
         diagnostics["rank"] = float(rank)
+    if attack.spectrum and isinstance(solution.linear, MatrixFreeLinear):
+        largest, smallest = solution.linear.extremes
+        if smallest > 0:
+            diagnostics["condition_at_least"] = largest / smallest
     diagnostics["certified"] = float(cost <= attack.certified and determined)
     found = problem.estimate(guess)
     return Reconstruction(

@@ -85,6 +85,21 @@ def test_damped_steps_agree():
     torch.testing.assert_close(jacobian_transposed(exponentials, x, 1), jacobian.T)
 
 
+def test_conjugate_gradients_see_the_extreme_singular_values():
+    matrix = torch.randn(9, 4, generator=generator("extremes"), dtype=torch.float64)
+    wanted = torch.randn(9, generator=generator("wanted"), dtype=torch.float64)
+    linear = MatrixFree.at(lambda x: matrix @ x - wanted, torch.zeros(4).double(), 50).linear()
+    replace(linear, precision=1e-12).solve(1e-3)
+    assert linear.extremes == (0.0, 0.0), "nothing is known before the first solve"
+    whole = replace(linear, precision=1e-12)
+    whole.solve(1e-3)
+    values = torch.linalg.svdvals(matrix)
+    assert whole.extremes == pytest.approx((float(values[0]), float(values[-1])), rel=1e-6)
+    short = replace(linear, inner=2)
+    short.solve(1e-3)
+    assert values[-1] < short.extremes[1] < short.extremes[0] < values[0]
+
+
 def test_a_box_is_kept():
     solution = levenberg_marquardt(
         lambda x: Dense.at(rosenbrock, x, 2),
@@ -262,6 +277,7 @@ def test_matrix_free_agrees_with_dense(make_update, random_images):
     free = attack(SecondOrder(dense_limit=0), update, model, facts(images, labels))
     assert (dense.diagnostics["dense"], free.diagnostics["dense"]) == (1.0, 0.0)
     assert "rank" not in free.diagnostics
+    assert 1.0 < free.diagnostics["condition_at_least"] <= 1.01 * dense.diagnostics["condition"]
     torch.testing.assert_close(free.images, dense.images, rtol=0, atol=1e-6)
     assert float(psnr_db(free.images, images)) > 100
 
