@@ -1,24 +1,28 @@
 """Where second-order inversion is exact and where it fails: PSNR, seconds and certificates beside idlg, on real images.
 
-    python -m experiments.second_order [--only TEXT …] [--images 5] [--baseline] [--out FILE.jsonl]
+    python -m experiments.second_order [--table classifiers] [--only TEXT …] [--images 5] [--baseline] [--out FILE.jsonl]
 
-Victims are untrained (a new seed for each image), labels and timesteps are known, updates are float64 gradients of test
-images, on one thread. idlg starts from grey and goes to its own end, on the same updates in the same run. Seconds are
-wall clock; the load average stands beside them. PSNR has peak 1 on [0, 1] and is cut at 157 dB by float32 pictures.
+Victims are untrained unless a setting says otherwise (a new seed for each image; Adam on the private split first, accuracy
+on the test split), labels and timesteps are known, updates are float64 gradients of test images in evaluation mode, on one
+thread. Baselines start from grey and go to their own end, on the same updates in the same run: idlg, and in the table of
+classifiers inverting-gradients too. Seconds are wall clock and CPU time; the load average stands beside them. PSNR has
+peak 1 on [0, 1] and is cut at 157 dB by float32 pictures.
 """
 
 import argparse
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from time import process_time
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedattack.data import load_dataset
+from fedattack.data import ImageData, load_dataset
 from fedattack.jobs import torch_threads
 from fedattack.metrics import match_batch, psnr_db
 from fedattack.models import build_model
@@ -26,7 +30,7 @@ from fedattack.registry import ATTACKS
 from fedattack.seeding import derive_generator
 from fedattack.store import append_row
 from fedattack.tasks import build_task, simulate
-from fedattack.types import Knowledge, Update
+from fedattack.types import Knowledge, State, Update
 
 CIFAR = Path(__file__).resolve().parents[2] / "shared/data/cifar10_subset.npz"
 SMOOTH = {"init": "default", "activation": "gelu"}
@@ -35,7 +39,10 @@ UNET = {"block_out_channels": (16,), "attention": (), "mid_attention": False, "n
 
 @dataclass(frozen=True)
 class Setting:
-    """A victim, its images, and for a diffusion model the timestep of all of them and whether the noise is shown."""
+    """A victim, its images, and for a diffusion model the timestep of all of them and whether the noise is shown.
+
+    steps: of Adam on batches of 64 private images before the attacked round.
+    """
 
     model: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -43,11 +50,14 @@ class Setting:
     batch: int = 1
     timestep: int | None = None
     noise_known: bool = False
+    steps: int = 0
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
-        chosen = [str(v) for k, v in self.options.items() if k in ("init", "activation", "hidden")]
+        chosen = [str(v) for k, v in self.options.items() if k in ("init", "activation", "hidden", "norm", "width")]
+        if self.steps:
+            chosen.append(f"{self.steps} steps")
         if self.timestep is not None:
             chosen = [f"t={self.timestep}", "noise known" if self.noise_known else "noise unknown"]
         return " ".join([self.model, *chosen, f"{self.size}×{self.size}×3", f"B={self.batch}"])
@@ -75,12 +85,67 @@ SETTINGS = [
     *(Setting("unet", UNET, size=8, timestep=t, noise_known=True) for t in (100, 900)),
 ]
 
+RELU = {"init": "default", "activation": "relu"}
+SMALL = {"width": 8}
+CLASSIFIERS = [
+    Setting("lenet", {"activation": "sigmoid"}, size=32),
+    Setting("lenet", {"activation": "sigmoid"}, size=32, batch=4),
+    Setting("lenet", {"activation": "sigmoid"}, size=32, steps=300),
+    Setting("lenet", RELU, size=8),
+    Setting("lenet", RELU, size=16),
+    Setting("lenet", RELU, size=16, steps=300),
+    Setting("mlp", {"hidden": (64,), "activation": "relu"}, size=16),
+    Setting("convnet-small", {"activation": "gelu"}, size=16),
+    Setting("convnet-small", {"activation": "gelu"}, size=16, steps=300),
+    Setting("convnet-small", {"activation": "gelu"}, size=8, batch=4),
+    Setting("convnet-small", {"activation": "relu"}, size=8),
+    Setting("convnet", SMALL | {"activation": "gelu"}, size=16),
+    Setting("convnet", SMALL | {"activation": "relu"}, size=16),
+    *(
+        Setting("resnet18", SMALL | {"activation": activation, "norm": norm}, size=16)
+        for norm in ("batch", "group")
+        for activation in ("gelu", "relu")
+    ),
+]
+"""Unlike the first table's, these stand beside both baselines, and some victims are trained first."""
 
-def victim(setting: Setting, images: Tensor, labels: Tensor, seed: int) -> tuple[Any, Any, Update, Knowledge]:
-    """Model, task, the client's update and what the attacker knows."""
+TABLES = {"all": SETTINGS, "classifiers": CLASSIFIERS}
+
+
+def trained(model: torch.nn.Module, setting: Setting, private: ImageData, generator: torch.Generator) -> None:
+    """`steps` of Adam on batches of 64, in training mode and in place."""
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    model.train()
+    for _ in range(setting.steps):
+        indices = torch.randint(len(private), (64,), generator=generator).tolist()
+        images, labels = resized(private, indices, setting.size)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+
+def accuracy(model: torch.nn.Module, setting: Setting, test: ImageData, count: int = 500) -> float:
+    images, labels = resized(test, list(range(min(count, len(test)))), setting.size)
+    with torch.no_grad():
+        return float((model.eval()(images).argmax(1) == labels).double().mean())
+
+
+def resized(data: ImageData, indices: list[int], size: int) -> tuple[Tensor, Tensor]:
+    """Images in float64, averaged down to size×size, and their labels."""
+    images = data.images(indices).double()
+    return torch.nn.functional.interpolate(images, size, mode="area"), data.labels[indices]
+
+
+def victim(
+    setting: Setting, images: Tensor, labels: Tensor, seed: int, weights: State | None = None
+) -> tuple[Any, Any, Update, Knowledge]:
+    """Model, task, the client's update and what the attacker knows. weights: of a model that was trained."""
     task = build_task("classification" if setting.timestep is None else "diffusion")
     shape = (images.shape[1], images.shape[2], images.shape[3])
     model = build_model(setting.model, image_shape=shape, num_classes=10, seed=seed, **setting.options).double()
+    model.eval()  # running statistics of batch normalisation are the server's own
+    if weights is not None:
+        model.load_state_dict(weights)
     private = dict(task.draw(images, labels, generator=derive_generator(seed, "client")))
     oracles: dict[str, Tensor] = {"labels": labels}
     if setting.timestep is not None:
@@ -92,10 +157,19 @@ def victim(setting: Setting, images: Tensor, labels: Tensor, seed: int) -> tuple
     return model, task, update, Knowledge(image_shape=shape, batch_size=len(images), num_classes=10, **oracles)
 
 
-def run(setting: Setting, images: Tensor, labels: Tensor, name: str, seed: int, **parameters: Any) -> dict[str, Any]:
+def run(
+    setting: Setting,
+    images: Tensor,
+    labels: Tensor,
+    name: str,
+    seed: int,
+    weights: State | None = None,
+    **parameters: Any,
+) -> dict[str, Any]:
     """One attack on one batch, as a row."""
-    model, task, update, knowledge = victim(setting, images, labels, seed)
+    model, task, update, knowledge = victim(setting, images, labels, seed, weights)
     attack = ATTACKS.create(name, **parameters)
+    begun = process_time()
     found = attack.reconstruct(update, model, task, knowledge, generator=derive_generator(seed, "attack", name))
     order = match_batch(found.images, images.float())
     worst = float(psnr_db(found.images[order].double(), images).min())
@@ -105,6 +179,7 @@ def run(setting: Setting, images: Tensor, labels: Tensor, name: str, seed: int, 
         "seed": seed,
         "psnr_db": min(worst, 200.0),
         "seconds": found.seconds,
+        "cpu_seconds": process_time() - begun,
         "steps": found.steps,
         "load": os.getloadavg()[0],
         **found.diagnostics,
@@ -125,40 +200,54 @@ def line(rows: Sequence[Mapping[str, Any]]) -> str:
         f"{median(r['loss'] for r in rows):.0e}",
         f"{median(r['condition'] for r in rows):.0f}" if all("condition" in r for r in rows) else "-",
         f"{median(r['load'] for r in rows):.1f}",
+        f"{rows[0]['accuracy']:.2f}" if "accuracy" in rows[0] else "-",
     ]
     return "| " + " | ".join(cells) + " |"
 
 
 HEADER = (
     "| setting | attack | > 40 dB | certified | worst image of a batch, dB: median (range) | iterations | seconds "
-    "| cost | condition | load |\n|---|---|---|---|---|---|---|---|---|---|"
+    "| cost | condition | load | accuracy |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--table", choices=tuple(TABLES), default="all")
     parser.add_argument("--only", nargs="*", default=[], help="settings whose label holds one of these texts")
     parser.add_argument("--images", type=int, default=5, help="batches a setting")
     parser.add_argument("--split", choices=("test", "private"), default="test")
-    parser.add_argument("--baseline", action="store_true", help="idlg from grey on the same updates")
+    parser.add_argument("--baseline", action="store_true", help="idlg (and inverting-gradients) on the same updates")
     parser.add_argument("--out", type=Path, help="a JSON line for every attack on every batch")
     chosen = parser.parse_args(arguments)
-    data = getattr(load_dataset(f"npz:{CIFAR}" if CIFAR.is_file() else "patches"), chosen.split)
+    splits = load_dataset(f"npz:{CIFAR}" if CIFAR.is_file() else "patches")
+    data = getattr(splits, chosen.split)
     print(HEADER, flush=True)
     with torch_threads(1):
-        for setting in SETTINGS:
+        for setting in TABLES[chosen.table]:
             if chosen.only and not any(text in setting.label for text in chosen.only):
                 continue
             attacks: list[tuple[str, dict[str, Any]]] = [("second-order", dict(setting.parameters))]
             if chosen.baseline and setting.timestep is None:
                 attacks.append(("idlg", {"start": "grey"}))
+            if chosen.baseline and chosen.table == "classifiers":
+                attacks.append(("inverting-gradients", {"start": "grey"}))
             rows: dict[str, list[dict[str, Any]]] = {name: [] for name, _ in attacks}
+            weights, score = None, math.nan
+            if setting.timestep is None and setting.steps:
+                shape = (3, setting.size, setting.size)
+                model = build_model(
+                    setting.model, image_shape=shape, num_classes=10, seed=0, **setting.options
+                ).double()
+                trained(model, setting, splits.private, derive_generator(0, "training"))
+                weights, score = dict(model.state_dict()), accuracy(model, setting, splits.test)
             for seed in range(chosen.images):
                 indices = list(range(seed * setting.batch, (seed + 1) * setting.batch))
-                images, labels = data.images(indices).double(), data.labels[indices]
-                images = torch.nn.functional.interpolate(images, setting.size, mode="area")
+                images, labels = resized(data, indices, setting.size)
                 for name, parameters in attacks:
-                    rows[name].append(run(setting, images, labels, name, seed, **parameters))
+                    rows[name].append(run(setting, images, labels, name, seed, weights, **parameters))
+                    if weights is not None:
+                        rows[name][-1]["accuracy"] = score
                     if chosen.out:
                         append_row(chosen.out, rows[name][-1])
             for some in rows.values():
