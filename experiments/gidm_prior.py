@@ -4,8 +4,9 @@
     python -m experiments.gidm_prior --images 0 --size 32 --channels 32 64 64 --prior FOLDER      only trains the prior
 
 A small U-Net is first trained on public faces (CelebA; the attacked ones are LFW's) and saved as a DDPMPipeline. Then one
-gradient a face is attacked: t drawn at random, ε and t known, or ε unknown and t read off the update. dlg-dm has as many
-iterations as gidm's two phases together; generative is the first of them alone. PSNR has peak 1 on [0, 1].
+gradient a face is attacked: t drawn at random, ε and t known, or ε unknown and t read off the update. dlg-dm and gidm
+without a prior ("none") have as many iterations as gidm's two phases together; generative is the first of them alone.
+PSNR has peak 1 on [0, 1].
 """
 
 import argparse
@@ -127,14 +128,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def attacks(chosen: argparse.Namespace) -> list[tuple[str, str, dict[str, Any]]]:
-    """(attack, prior, options): matching alone, then the generative phase alone and both phases with either prior."""
+    """(attack, prior, options): matching alone, gidm without its first phase, that phase alone and both with either prior."""
     both = {"sampling_steps": chosen.sampling_steps, "learning_rate": chosen.learning_rate}
     generative = {**both, "generative_iterations": chosen.generative}
     gidm = {**generative, "fine_tuning_iterations": chosen.fine_tuning}
     total = chosen.generative + chosen.fine_tuning
     matching = ("dlg-dm", "", {"iterations": total, "learning_rate": chosen.learning_rate})
     phases = [[("generative", prior, generative), ("gidm", prior, gidm)] for prior in ("sent", "public")]
-    return [matching, *itertools.chain.from_iterable(phases)]
+    pixels = ("gidm", "none", {**gidm, "generative_iterations": 0, "fine_tuning_iterations": total})
+    return [matching, pixels, *itertools.chain.from_iterable(phases)]
 
 
 def line(setting: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
