@@ -6,14 +6,17 @@ For each image a new draw of t and ε, and an untrained U-Net of a new seed (or 
 folder); the update is a float64 gradient with Gaussian noise of `sigma` times its own rms. Rows and a Markdown table: PSNR
 of `second-order` (given σ where there is noise), whether it was certified, starts and steps it took, and the error floor
 (Cramér-Rao, unbiased and without a prior). PSNR has peak 1 on [0, 1]; seconds are wall clock beside the load average.
+Trials are told on standard error.
 """
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -62,7 +65,14 @@ def run(
     knowledge = Knowledge(image_shape=shape, batch_size=1, public_images=public)
     told = replace(knowledge, defense=f"gaussian-noise(sigma={sigma * rms!r})") if sigma > 0 else knowledge
     attack = ATTACKS.create("second-order", restarts=arguments.restarts, iterations=arguments.iterations)
-    found = attack.reconstruct(update, model, task, told, generator=derive_generator(seed, "attack"))
+    begun = perf_counter()
+
+    def said(iteration: int, iterations: int, cost: float) -> None:
+        seconds = perf_counter() - begun
+        print(f"image {seed}: trial {iteration} of {iterations}, cost {cost:.3e}, {seconds:.0f} s", file=sys.stderr)
+
+    source = derive_generator(seed, "attack")
+    found = attack.reconstruct(update, model, task, told, generator=source, progress=said)
     assert found.timesteps is not None
     row = {
         "size": image.shape[-1],
