@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from fedattack.errors import FedattackError, must
 from fedattack.models import misfits
 from fedattack.seeding import derive_generator, seeded_default_generator
-from fedattack.store import FederationFolder, private_folder, read_tensors, save_png, write_json, write_tensors
+from fedattack.store import FederationFolder, finite, private_folder, read_tensors, save_png, write_json, write_tensors
 from fedattack.tasks import Diffusion, Task, bind, parameter_names
 from fedattack.types import Progress, State, silent
 
@@ -63,7 +64,7 @@ def save_checkpoint(
         _save_weights(private_folder(beside / EMA), model, task, average)
     if samples is not None:
         save_png(beside / SAMPLES, image_grid(samples))
-    write_json(beside / "about.json", dict(about or {}))
+    write_json(beside / "about.json", finite(about or {}))
     for inner in beside.rglob("*"):
         inner.chmod(0o700 if inner.is_dir() else 0o600)
     if folder.exists():
@@ -168,9 +169,15 @@ def digest_of(path: Path) -> str:
     files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
     found = hashlib.sha256()
     for file in files:
-        with file.open("rb") as handle:
-            found.update(f"{file.name}\0".encode() + hashlib.file_digest(handle, "sha256").digest())
+        stat = file.stat()
+        found.update(f"{file.name}\0".encode() + _sha256(file, stat.st_ino, stat.st_size, stat.st_mtime_ns))
     return found.hexdigest() if files else ""
+
+
+@lru_cache(maxsize=256)
+def _sha256(file: Path, *_unchanged: int) -> bytes:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").digest()
 
 
 def _unet_folder(path: Path) -> Path | None:
@@ -287,13 +294,14 @@ def draw_samples(
         timestep_spacing="trailing",  # from T − 1 on, where training ends: what it is given is noise there
     )
     scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps[:steps]  # rounding adds a timestep −1 for some numbers, such as 61 of 1000
     before = model.training
     dtype = next(model.parameters()).dtype
     images = torch.randn((count, *image_shape), generator=derive_generator(seed, "samples")).to(dtype)
     model.eval()
     try:
         predict = bind(model, {name: tensor.to(dtype) for name, tensor in state.items()})
-        for number, timestep in enumerate(scheduler.timesteps):
+        for number, timestep in enumerate(timesteps):
             output = predict(images, timestep.expand(count))
             images = scheduler.step(output, int(timestep), images).prev_sample
             progress(number + 1, steps, 0.0)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedattack.checkpoints import best_weights
+from fedattack.checkpoints import best_weights, digest_of
 from fedattack.config import FINAL, AttackSettings, Settings
 from fedattack.jobs import Job, save_knowledge
 from fedattack.knowledge import ORACLES, build_knowledge
@@ -133,6 +133,7 @@ def plan_jobs(settings: Settings, run: RunFolder, update_path: Path, *, timeout_
     shows_public = "public_images" in visible and settings.threat.public_images > 0 and folder.public_images.exists()
     history = earlier_updates(update_path, update, settings.threat.history) if "history" in visible else []
     files = {"public_images": shows_public, "history": bool(history)}
+    weights = digest_of(Path(knowledge.prior)) if knowledge.prior else ""
     known = sorted(knowledge.known() | {name for name, given in files.items() if given})
     return [
         Job(
@@ -153,6 +154,7 @@ def plan_jobs(settings: Settings, run: RunFolder, update_path: Path, *, timeout_
                 "attack_spec": attack.spec,
                 "knowledge": known,
                 "oracles": sorted(set(known) & ORACLES),
+                "prior_digest": weights,
             },
         )
         for attack in settings.attack

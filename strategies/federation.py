@@ -14,7 +14,7 @@ from fedattack.cells import build_victim, evaluate, load_splits, starting_weight
 from fedattack.checkpoints import Checkpointer, digest_of
 from fedattack.config import FINAL, Experiment, Settings
 from fedattack.errors import FedattackError
-from fedattack.jobs import outcome_path, torch_threads
+from fedattack.jobs import Job, outcome_path, torch_threads
 from fedattack.planning import job_id, plan_jobs, prepare_federation, update_context, updates_of
 from fedattack.registry import STRATEGIES
 from fedattack.seeding import derive_seed, seeded_global_generators
@@ -361,7 +361,15 @@ def _round_of(path: Path) -> int:
 def _submit(cells: Sequence[Settings], run: RunFolder, pool: AttackPool, path: Path, timeout_seconds: float) -> None:
     for cell in cells:
         for job in plan_jobs(cell, run, path, timeout_seconds=timeout_seconds):
+            if _prior_changed(run, job):
+                outcome_path(run.results, job.job).unlink(missing_ok=True)
             pool.submit(job)
+
+
+def _prior_changed(run: RunFolder, job: Job) -> bool:
+    """Whether an earlier run of this job had another prior than the one that is at its place now (if one is)."""
+    before, now = run.jobs / f"{job.job}.json", job.facts["prior_digest"]
+    return bool(now) and before.exists() and Job.load(before).facts.get("prior_digest", now) != now
 
 
 def _forget_outcomes(cells: Sequence[Settings], run: RunFolder, path: Path) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints load in plain diffusers as the same function, averages follow their formula, samples follow the data's law."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,25 @@ def test_samples_follow_the_law_of_the_data(schedule: str, prediction_type: str)
     assert images.shape == (8, 3, 16, 16)
     assert float(images.mean()) == pytest.approx((mean - mean * std * alpha**0.5 / last + 1) / 2, abs=0.004)
     assert float(images.std()) == pytest.approx(std / last / 2, rel=0.05)
+
+
+def test_no_number_of_steps_asks_for_a_timestep_that_is_none() -> None:
+    seen: list[int] = []
+    model = Gaussian(Diffusion(num_train_timesteps=50), 0.3, 0.15)
+    model.register_forward_pre_hook(lambda _, given: seen.append(int(given[1][0])))
+    for steps in (28, 29, 31, 50):
+        seen.clear()
+        draw_samples(model, state_of(model), model.task, (1, 2, 2), 1, steps=steps, seed=0)
+        assert len(seen) == steps
+        assert min(seen) >= 0
+
+
+def test_a_diverged_model_still_leaves_its_checkpoint(tmp_path) -> None:
+    model = tiny()
+    samples = torch.full((1, *SHAPE), float("nan"))
+    about = {"samples": {"std": float(samples.std())}}
+    folder = save_checkpoint(tmp_path / "c", model, Diffusion(), state_of(model), samples=samples, about=about)
+    assert json.loads((folder / "about.json").read_text()) == {"samples": {"std": None}}
 
 
 def test_samples_are_a_function_of_seed_and_weights() -> None:

@@ -269,6 +269,26 @@ def test_a_prior_may_be_a_folder_or_a_hub_name_and_can_be_hidden(tmp_path) -> No
     )
 
 
+def test_attacks_with_another_prior_at_the_same_place_are_made_again(tmp_path) -> None:
+    first = run_campaign(config(federation={"clients": 1, "rounds": 1}), tmp_path / "first").run
+    (checkpoint,) = first.path.glob("federations/*/checkpoints/round-001")
+    attack = [{"name": "inverting-gradients", "iterations": 1}]
+    settings = config(federation={"clients": 1, "rounds": 1}, threat={"prior": str(checkpoint)}, attack=attack)
+
+    def row() -> dict:
+        found = read_rows(run_campaign(settings, tmp_path / "run").run.rows)
+        return next(row for row in found if row["kind"] == "attack")
+
+    before = row()
+    assert row()["finished"] == before["finished"]
+    DDPMPipeline(build_model("unet", image_shape=(3, 8, 8), num_classes=None, seed=9, **TINY).unet,
+                 Diffusion().scheduler()).save_pretrained(checkpoint)  # fmt: skip
+    after = row()
+    assert after["job"] == before["job"]
+    assert after["finished"] > before["finished"]
+    assert after["prior_digest"] == digest_of(checkpoint) != before["prior_digest"]
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 @pytest.mark.parametrize(
     ("options", "message"),
