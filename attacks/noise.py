@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedattack.errors import FedattackError
 from fedattack.registry import parse_spec
+from fedattack.tasks import STATISTICS
 from fedattack.types import Knowledge, Update
 
 MEAN_DIFFERENCE = 0.05
@@ -36,9 +37,9 @@ def noise_level(update: Update, knowledge: Knowledge) -> float:
             continue
         sigma = float(parameters.get("sigma", 0.0))
         if parameters.get("relative"):
-            gradient = update.gradient(None)
-            squares = sum(float(tensor.double().square().sum()) for tensor in gradient.values())
-            count = sum(tensor.numel() for tensor in gradient.values())
+            noisy = [tensor for name, tensor in update.gradient(None).items() if not name.endswith(STATISTICS)]
+            squares = sum(float(tensor.double().square().sum()) for tensor in noisy)
+            count = sum(tensor.numel() for tensor in noisy)
             sigma *= math.sqrt(squares / count / (1.0 + sigma**2))
         variance += sigma**2
     scale = 1.0

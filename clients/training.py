@@ -11,7 +11,7 @@ from fedattack.config import Settings
 from fedattack.data import ImageData
 from fedattack.registry import DEFENSES
 from fedattack.seeding import derive_generator
-from fedattack.tasks import batch_indices, bind, simulate
+from fedattack.tasks import STATISTICS, batch_indices, bind, simulate
 from fedattack.types import Defense, State
 
 
@@ -22,10 +22,6 @@ class LocalResult:
     update: State
     loss: float
     num_examples: int
-
-
-STATISTICS = ("running_mean", "running_var")
-"""Last parts of the names of BatchNorm's statistics."""
 
 
 def client_name(partition_id: int) -> str:

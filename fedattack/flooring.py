@@ -25,7 +25,7 @@ from fedattack.planning import read_truth, server_facts, updates_of
 from fedattack.registry import DEFENSES
 from fedattack.seeding import derive_generator
 from fedattack.store import RunFolder, finite, load_update, read_json, write_json
-from fedattack.tasks import build_task
+from fedattack.tasks import STATISTICS, build_task
 from fedattack.types import Defense, Knowledge, Progress, Update, silent
 
 FloorRow = dict[str, Any]
@@ -134,13 +134,17 @@ class Target:
 
 
 def target_of(run: RunFolder, settings: Settings, path: Path) -> Target:
-    """Raises NotApplicable where there is no truth, or a defense that has no floor."""
+    """Raises NotApplicable where there is no truth, or a defense that has no floor (beside a mean of several clients)."""
     truth = read_truth(run.federation(settings.federation_id), path)
     if truth is None:
         raise NotApplicable("no truth was recorded (a deployment has no witness)")
     update, context = load_update(path)
     known = settings.task.name == "diffusion" and "noise" in settings.threat.visible()
-    return Target(settings, path, update, context, truth, Protection.of(settings), known)
+    protection = Protection.of(settings)
+    own = protection.clip_norm is not None or protection.relative_std > 0
+    if own and path.stem.startswith("aggregate-"):
+        raise NotApplicable("clipping and noise went by each client's own update, and only their mean was seen")
+    return Target(settings, path, update, context, truth, protection, known)
 
 
 class Floors:
@@ -187,7 +191,8 @@ class Floors:
         if found["status"] == "exact" or (found["status"] == "estimate" and self._method in ("auto", found["method"])):
             return True
         same = found["asked"] == self._method
-        return same and (self._method in ("exact", "sketch") or found["seconds"] >= self._seconds * (1 - 1e-9))
+        spent = math.inf if found["seconds"] is None else found["seconds"]  # JSON knows no infinity
+        return same and (self._method in ("exact", "sketch") or spent >= self._seconds * (1 - 1e-9))
 
 
 def _worth(found: FloorRow) -> int:
@@ -222,9 +227,7 @@ def _with_noise(kept: FloorRow, target: Target, db: float) -> FloorRow:
     notes = []
     if protection.unmodelled:
         notes.append(f"without {', '.join(protection.unmodelled)}, which the floor does not model")
-    if target.update.kind == "weights" and any(
-        name.endswith(("running_mean", "running_var")) for name in target.update.received
-    ):
+    if target.update.kind == "weights" and any(name.endswith(STATISTICS) for name in target.update.received):
         notes.append("running statistics, which travel without noise, are not counted")
     modelled = sigma > 0 and not protection.unmodelled
     return found | {

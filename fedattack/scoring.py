@@ -33,6 +33,7 @@ from fedattack.types import Reconstruction
 
 Row = dict[str, Any]
 NO_TRUTH = "no truth was recorded (a deployment has no witness)"
+MORE_UPDATES = "the floor is that of one update, and the attacker has earlier ones of the same images"
 
 
 def score_run(run: RunFolder, experiment: Experiment) -> list[Row]:
@@ -66,6 +67,8 @@ def _cell_rows(run: RunFolder, settings: Settings, lpips: Sequence[str], floors:
 
 def _floored(row: Row, floor: FloorRow) -> Row:
     """The floor beside an attack's figures, and why where there is none."""
+    if "history" in row.get("knowledge", []):
+        floor = {"status": UNAVAILABLE, "reason": MORE_UPDATES}
     why = floor["reason"] if floor["status"] == UNAVAILABLE else floor["note"]
     return {"floor": floor} | ({"missing": {**row.get("missing", {}), "floor": why}} if why else {})
 

@@ -77,6 +77,9 @@ class Classification:
         }
 
 
+STATISTICS = ("running_mean", "running_var")
+"""Last parts of the names of BatchNorm's statistics: fedavg sends them along, and no defense touches them."""
+
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
 """The noise schedules of diffusers' DDPMScheduler; squaredcos_cap_v2 and laplace do not use beta_start and beta_end."""
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from fedattack.planning import updates_of
 from fedattack.report import markdown_table
 from fedattack.report.summary import cell_floor, summarise
 from fedattack.scoring import score_run
-from fedattack.store import read_rows
+from fedattack.store import RunFolder, read_rows
 
 NOISY = "norm-clipping(max_norm=0.5) + gaussian-noise(sigma=0.01)"
 SMALL = {
@@ -151,6 +152,24 @@ def test_a_better_floor_replaces_a_bound_and_never_the_other_way_round(campaign,
     assert json.loads(kept.read_text())["rms_per_sigma"] == json.loads(exact)["rms_per_sigma"]
 
 
+def test_no_time_limit_is_remembered_as_none(campaign, tmp_path, monkeypatch):
+    run, wanted = campaign
+    settings, tries = wanted.cells[0], []
+    path = updates_of(run.federation(settings.federation_id))[0]
+    elsewhere = RunFolder(tmp_path)
+    monkeypatch.setattr(RunFolder, "floors", elsewhere.path)
+
+    def never(*_):
+        tries.append(1)
+        raise NotApplicable("never")
+
+    monkeypatch.setattr("fedattack.flooring.Target.compute", never)
+    for _ in range(2):
+        row = Floors(run, wanted, method="auto", seconds_each=math.inf).row(settings, path)
+        assert row["reason"] == "never"
+    assert len(tries) == 1
+
+
 def test_off_means_off(campaign):
     run, wanted = campaign
     off = wanted.model_copy(update={"score": wanted.score.model_copy(update={"floor": "off"})})
@@ -193,6 +212,18 @@ def run_rows(wanted, folder):
 
 
 # ------------------------------------------------------------------------------------------------ report
+@pytest.mark.parametrize("defense", [NOISY, "gaussian-noise(sigma=0.1, relative=True)"])
+def test_what_went_by_each_clients_own_update_has_no_floor_for_their_mean(defense, campaign, tmp_path):
+    run, _ = campaign
+    (settings,) = experiment(federation={"clients": 2, "rounds": 1, "defense": defense}).cells
+    source, there = run.federation(experiment().cells[0].federation_id), RunFolder(tmp_path)
+    folder = there.federation(settings.federation_id)
+    shutil.copytree(source.path, folder.path)
+    mean = updates_of(folder)[0].rename(folder.updates / "aggregate-round-1.safetensors")
+    with pytest.raises(NotApplicable, match="each client's own update"):
+        target_of(there, settings, mean)
+
+
 def test_the_report_shows_it_beside_every_attack(campaign):
     run, _ = campaign
     page = run.report.read_text()

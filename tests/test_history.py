@@ -62,6 +62,13 @@ def test_the_history_reaches_the_attack_and_the_row(tmp_path: Path):
     assert all(row["diagnostics"]["seen"] == 0 for row in read_rows(summary.run.rows) if row["kind"] == "attack")
 
 
+def test_the_floor_of_one_update_is_not_set_beside_an_attack_on_several(tmp_path: Path):
+    wanted = parse_config(CONFIG | {"score": {"lpips": []}})
+    rows = [row for row in read_rows(run_campaign(wanted, tmp_path / "run").run.rows) if row["kind"] == "attack"]
+    assert all((row["floor"]["status"] == "exact") == (row["round"] == 1) for row in rows)
+    assert all("earlier ones" in row["missing"]["floor"] for row in rows if row["round"] > 1)
+
+
 def test_the_same_images_come_every_round(tmp_path: Path):
     run = RunFolder(tmp_path / "run")
     run_campaign(parse_config(CONFIG | {"attack": []}), run.path)
