@@ -122,7 +122,7 @@ def figure(rows: Sequence[Row], x: str, ys: Sequence[str], by: Sequence[str], pa
     from matplotlib.figure import Figure
 
     cells = {key: [r for r in members if r["status"] == "ok"] for key, members in grouped(rows, [*by, x]).items()}
-    xs = list(_ranks([key[-1] for key in grouped(rows, [x])]))
+    xs = list(_ranks([key[0] for key in grouped([row for row in rows if row.get("status") == "ok"], [x])]))
     groups = list(dict.fromkeys(key[:-1] for key in cells))
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in xs)
     columns = min(len(ys), 2)

@@ -150,7 +150,8 @@ def schedule_problems(folder: Path, task: Diffusion) -> list[str]:
 
     config = json.loads((folder / _SCHEDULE).read_text())
     names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
-    other = DDPMScheduler.from_config({key: config[key] for key in (*names, "trained_betas") if key in config})
+    more = ("trained_betas", "rescale_betas_zero_snr")  # which the task does not have
+    other = DDPMScheduler.from_config({key: config[key] for key in (*names, *more) if key in config})
     same = (
         other.config.prediction_type == task.prediction_type
         and len(other.betas) == task.num_train_timesteps
@@ -158,7 +159,8 @@ def schedule_problems(folder: Path, task: Diffusion) -> list[str]:
     )
     if same:
         return []
-    saved = ", ".join(f"{name} = {other.config[name]!r}" for name in names)
+    shown = (*names, *(name for name in more if other.config[name]))
+    saved = ", ".join(f"{name} = {other.config[name]!r}" for name in shown)
     ours = ", ".join(f"{name} = {getattr(task, name)!r}" for name in names)
     return [f"schedule of {str(folder)!r} must be that of the task ({ours}), got ({saved})"]
 

@@ -279,6 +279,14 @@ def test_a_schedule_that_contradicts_the_weights_is_refused_with_both(pipeline, 
             load_weights(path, tiny(), task)
 
 
+def test_a_schedule_rescaled_to_no_signal_is_another(tmp_path) -> None:
+    model = tiny()
+    folder = save_checkpoint(tmp_path / "c", model, Diffusion(), state_of(model))
+    DDPMScheduler(rescale_betas_zero_snr=True).save_pretrained(folder / "scheduler")
+    (problem,) = weights_problems(folder, Diffusion())
+    assert problem.endswith("rescale_betas_zero_snr = True)")
+
+
 def test_other_things_are_no_weights(pipeline, tmp_path) -> None:
     assert "that exists" in weights_problems(tmp_path / "none", Diffusion())[0]
     (tmp_path / "model.pt").write_bytes(b"cos\nsystem\n")

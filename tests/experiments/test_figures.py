@@ -6,7 +6,7 @@ from statistics import stdev
 import pytest
 import torch
 
-from experiments.figures import baseline_means, grouped, load, look_up, main, numbers, spread, table
+from experiments.figures import baseline_means, figure, grouped, load, look_up, main, numbers, spread, table
 from fedattack.errors import FedattackError
 from fedattack.store import save_png
 
@@ -98,6 +98,13 @@ def test_files_are_written_for_names_and_numbers(run, capsys):
         with Image.open(figures / file) as picture:
             assert picture.width > 300
             assert len(set(picture.convert("L").tobytes())) > 2  # something is drawn
+
+
+def test_an_attack_that_failed_before_it_had_steps_leaves_the_axis_of_steps_alone(tmp_path, monkeypatch):
+    rows = [row("gidm", [10.0], [], steps=25), row("gidm", [20.0], [], steps=50), row("gidm", [], [], status="failed")]
+    monkeypatch.setattr("matplotlib.axes.Axes.bar", lambda *_, **__: pytest.fail("bars over numbers"))
+    figure(rows, "steps", ["psnr_db"], ["attack"], tmp_path / "over-steps.png")
+    assert (tmp_path / "over-steps.png").exists()
 
 
 def test_what_is_not_there_is_named(run, tmp_path):
