@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from attacks.noise import clip_norm
 from fedattack.errors import FedattackError, NotApplicable, must, one_of
 from fedattack.tasks import Task, Variable, parameter_names, schedule, simulate_gradient, split_steps
 from fedattack.types import Knowledge, Progress, Reconstruction, State, Update, silent
@@ -91,9 +92,13 @@ class Problem:
     learning_rate: float | None
     proximal_mu: float
     dtype: torch.dtype
+    clip_norm: float | None = None
 
     def simulated(self, guess: Mapping[str, Tensor], *, transformable: bool = True) -> State:
-        """The (pseudo-)gradient that the client would have sent for `guess` (no restart axis), on the observed names."""
+        """The (pseudo-)gradient that the client would have sent for `guess` (no restart axis), on the observed names.
+
+        Clipped where the attacker knows that the client clips; noise is not added.
+        """
         private = {**self.known, **{name: self._relax(name, value) for name, value in guess.items()}}
         gradient = simulate_gradient(
             self.model,
@@ -104,6 +109,10 @@ class Problem:
             proximal_mu=self.proximal_mu,
             transformable=transformable,
         )
+        if self.clip_norm is not None:
+            norm = torch.stack([tensor.square().sum() for tensor in gradient.values()]).sum().sqrt()
+            factor = (self.clip_norm / norm).clamp(max=1.0)
+            return {name: factor * gradient[name] for name in self.observed}
         return {name: gradient[name] for name in self.observed}
 
     def start(self, restarts: int, generator: torch.Generator, images: str = "uniform") -> dict[str, Tensor]:
@@ -191,6 +200,7 @@ def pose(
         learning_rate=knowledge.learning_rate,
         proximal_mu=knowledge.proximal_mu or 0.0,
         dtype=dtype,
+        clip_norm=None if scale_free else clip_norm(update, knowledge),
     )
 
 

@@ -50,6 +50,23 @@ def noise_level(update: Update, knowledge: Knowledge) -> float:
     return scale * math.sqrt(variance)
 
 
+def clip_norm(update: Update, knowledge: Knowledge) -> float | None:
+    """The norm to which the known defense clips the (pseudo-)gradient before any noise, None where it does not."""
+    parts = [] if knowledge.defense is None else [parse_spec(part) for part in knowledge.defense.split(" + ")]
+    found: float | None = None
+    for name, parameters in parts:
+        if name == "gaussian-noise":
+            break
+        if name == "norm-clipping":
+            most = float(parameters["max_norm"])
+            found = most if found is None else min(found, most)
+    if found is None or update.kind == "gradient":
+        return found
+    if knowledge.learning_rate is None:
+        raise FedattackError("learning_rate must be known to turn a clipped difference of weights into a gradient")
+    return found / knowledge.learning_rate
+
+
 def differences(images: Tensor) -> Tensor:
     """All differences of neighbouring pixels, down then right, in one vector; images (…,H,W)."""
     down, right = images[..., 1:, :] - images[..., :-1, :], images[..., 1:] - images[..., :-1]

@@ -398,6 +398,9 @@ def _search_noisy(case: _Case) -> Reconstruction:
         )
     shape = problem.unknown["images"].shape
     pixels = math.prod(shape)
+    length = math.sqrt(sum(float(tensor.square().sum()) for tensor in problem.observed.values()))
+    if problem.clip_norm is not None and length > 0.999 * problem.clip_norm:
+        raise NotApplicable("clipping hides the scale of the residual, by which unknown noise is found")
     if case.count < 2 * pixels:
         raise NotApplicable(f"{case.count} numbers cannot tell {2 * pixels} unknowns (images and noise)")
     timesteps = problem.known["timesteps"]

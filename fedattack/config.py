@@ -227,8 +227,9 @@ class Settings(_Section):
         relevant = self.model_dump(mode="json", exclude={"attack", "title", "threat", "checkpoint"})
         if self.checkpoint != CheckpointSettings():
             relevant["checkpoint"] = self.checkpoint.model_dump(mode="json")
-        for section, key in (("model", "weights"), ("capture", "enabled")):  # left out where they say nothing
-            if relevant[section][key] in ("", True):
+        silent = {("model", "weights"): "", ("capture", "enabled"): True, ("federation", "same_examples"): False}
+        for (section, key), value in silent.items():  # left out where they say nothing
+            if relevant[section][key] == value:
                 del relevant[section][key]
         digest = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:10]
         return f"{self.model.name.replace(':', '.')}-{self.federation.protocol}-{digest}"

@@ -213,6 +213,8 @@ def cell_facts(settings: Settings) -> dict[str, Any]:
         "local_steps": federation.local_steps,
         "precision": settings.precision,
         "threat_model": settings.threat.model,
+        "history": settings.threat.history if "history" in settings.threat.visible() else 0,
+        "same_examples": federation.same_examples,
         "prior": settings.threat.prior if "prior" in settings.threat.visible() else "",
         "seed": settings.seed,
     }

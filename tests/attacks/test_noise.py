@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from attacks.noise import noise_level
+from attacks.noise import clip_norm, noise_level
 from clients.training import defend
 from fedattack.config import parse_config
+from fedattack.errors import FedattackError
 from fedattack.types import Knowledge, Update
 
 RATE = 0.05
@@ -31,3 +32,17 @@ def test_the_level_is_that_of_what_was_added(protocol: str, relative: bool) -> N
     added = (seen.gradient(rate)["w"] - gradient).std()
     level = noise_level(seen, Knowledge(defense=defense, learning_rate=rate))
     assert level == pytest.approx(float(added), rel=0.03)
+
+
+def test_a_known_clip_is_in_units_of_the_gradient():
+    weights = {"w": torch.ones(2)}
+    gradient = Update(1, "0", weights, weights, "gradient")
+    difference = Update(1, "0", weights, weights, "weights")
+    before = "norm-clipping(max_norm=4.0) + norm-clipping(max_norm=2.0)"
+    chain = f"{before} + gaussian-noise(sigma=0.1) + norm-clipping(max_norm=1.0)"
+    assert clip_norm(gradient, Knowledge(defense=chain)) == 2.0
+    assert clip_norm(difference, Knowledge(defense=chain, learning_rate=0.5)) == 4.0
+    assert clip_norm(gradient, Knowledge(defense="gaussian-noise(sigma=0.1)")) is None
+    assert clip_norm(gradient, Knowledge()) is None
+    with pytest.raises(FedattackError, match="learning_rate"):
+        clip_norm(difference, Knowledge(defense=chain))

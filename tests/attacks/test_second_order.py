@@ -535,3 +535,29 @@ def test_the_easiest_round_of_a_diffusion_client_is_tried_first(random_images):
     assert found.diagnostics["rounds_seen"] == 2
     assert found.diagnostics["rounds_tried"] == found.diagnostics["certified"] == 1.0
     assert float(psnr_db(found.images, images)) > 80
+
+
+def clipped(update: Update, norm: float) -> Update:
+    length = math.sqrt(sum(float(tensor.square().sum()) for tensor in update.received.values()))
+    factor = min(1.0, norm / length)
+    return replace(update, received={name: factor * tensor for name, tensor in update.received.items()})
+
+
+@pytest.mark.parametrize("share", [0.1, 3.0], ids=["clipped", "below the bound"])
+def test_known_clipping_is_no_protection(share, make_update, random_images):
+    images, labels, model = random_images((1, 3, 8, 8)), torch.tensor([1]), lenet()
+    clean = make_update(model, images, labels)
+    norm = share * math.sqrt(sum(float(tensor.square().sum()) for tensor in clean.received.values()))
+    update = clipped(clean, norm)
+    found = attack(SecondOrder(), update, model, facts(images, labels, defense=f"norm-clipping(max_norm={norm!r})"))
+    assert found.diagnostics["certified"] == 1.0
+    assert float(psnr_db(found.images, images)) > 80
+
+
+def test_clipped_residuals_cannot_be_projected_out(random_images):
+    task, model, images = Diffusion(), denoiser(), random_images((1, 2, 4, 4))
+    _, clean, knowledge = diffusion_update(model, task, images, [50])
+    norm = 0.1 * math.sqrt(sum(float(tensor.square().sum()) for tensor in clean.received.values()))
+    told = replace(knowledge, defense=f"norm-clipping(max_norm={norm!r})")
+    with pytest.raises(NotApplicable, match="clipping hides the scale"):
+        attack(SecondOrder(), clipped(clean, norm), model, told, task)
