@@ -88,9 +88,10 @@ def spread(values: Sequence[float]) -> str:
     """mean ± std (range)."""
     if not values:
         return "–"
-    places = 1 if max(map(abs, values)) >= 10 else 3
+    largest = max(map(abs, values))
+    form = ".1f" if largest >= 10 else ".3f" if largest >= 0.05 else ".1e"
     deviation = stdev(values) if len(values) > 1 else 0.0
-    return f"{mean(values):.{places}f} ± {deviation:.{places}f} ({min(values):.{places}f} to {max(values):.{places}f})"
+    return f"{mean(values):{form}} ± {deviation:{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def table(rows: Sequence[Row], x: str, ys: Sequence[str], by: Sequence[str]) -> str:

@@ -83,6 +83,7 @@ def test_spread_is_the_sample_standard_deviation():
     values = [1.0, 2.0, 4.0]
     assert spread(values).startswith(f"{sum(values) / 3:.3f} ± {stdev(values):.3f}")
     assert spread([]) == "–"
+    assert spread([1e-6, 3e-6]) == "2.0e-06 ± 1.4e-06 (1.0e-06 to 3.0e-06)"
     assert spread([5.0]) == "5.000 ± 0.000 (5.000 to 5.000)"
 
 
