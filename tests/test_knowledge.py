@@ -20,6 +20,7 @@ FACTS = {
     "defense": "none",
     "prior": "p",
     "public_images": torch.zeros(1, 3, 7, 5),
+    "history": (),
 }
 TRUTH = {
     "images": torch.rand(2, 3, 7, 5),
