@@ -112,7 +112,7 @@ class GIDM:
             prior = _prior(update, model, task, knowledge, pixels)
             diagnostics["prior_is_sent"] = float(prior.source == "sent")
             latent = torch.randn(pixels.shape, generator=generator, dtype=problem.dtype).to(pixels.device)
-            decode = _sampler(self, prior, latent, generator)
+            decode = sampler_of(self, prior, latent, generator)
             latent, values, history = phases.search(latent, values, decode, self.generative_iterations, False)
             with torch.no_grad():
                 pixels = decode(latent)
@@ -239,7 +239,7 @@ def _prior(update: Update, model: nn.Module, task: Task, knowledge: Knowledge, p
     return prior.to(pixels.dtype, pixels.device)
 
 
-def _sampler(attack: GIDM, prior: Prior, latent: Tensor, generator: torch.Generator) -> Decode:
+def sampler_of(attack: GIDM, prior: Prior, latent: Tensor, generator: torch.Generator) -> Decode:
     """latent (R,B,C,H,W) -> images in [0, 1], with the sampler's own noise drawn once."""
     flat = latent.flatten(0, 1)
     steps = min(attack.sampling_steps, prior.task.num_train_timesteps)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attacks.gidm import GIDM, Decode, Phases, _sampler
+from attacks.gidm import GIDM, Decode, Phases, sampler_of
 from attacks.matching import DISTANCES, Problem, objective, pose
 from fedattack.jobs import torch_threads
 from fedattack.models import build_model
@@ -97,7 +97,7 @@ class Setting:
 
     def decode(self, memory_mib: float | None = None) -> Decode:
         attack = self.attack if memory_mib is None else replace(self.attack, memory_mib=memory_mib)
-        return _sampler(attack, self.prior, self.latent, derive_generator(0))
+        return sampler_of(attack, self.prior, self.latent, derive_generator(0))
 
     def ours(self, generative: bool, count: int, memory_mib: float | None = None) -> None:
         """`count` iterations; the one more forward pass at the end, which a phase of thousands does not feel, is left out."""

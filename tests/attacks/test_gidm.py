@@ -132,7 +132,7 @@ def test_argmax_passes_no_gradient_to_the_timestep():
 # ------------------------------------------------------------------------------------------------ the phases
 def test_the_gradient_of_the_generative_phase_is_that_of_finite_differences():
     """∂ loss / ∂ latent, put together from the inner gradient on the images and the sampler's way back."""
-    from attacks.gidm import _prior, _sampler
+    from attacks.gidm import _prior, sampler_of
 
     model, update, knowledge, _ = case(known=("noise", "timesteps"))
     problem = pose(update, model, TASK, knowledge)
@@ -141,7 +141,7 @@ def test_the_gradient_of_the_generative_phase_is_that_of_finite_differences():
     generator = derive_generator(0, "latent")
     x = torch.randn((1, 1, *SHAPE), generator=generator, dtype=torch.float64)
     direction = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    decode = _sampler(attack, _prior(update, model, TASK, knowledge, x), x, generator)
+    decode = sampler_of(attack, _prior(update, model, TASK, knowledge, x), x, generator)
     slopes: list[Tensor] = []
 
     class Recorder(torch.optim.Adam):
