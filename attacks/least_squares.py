@@ -347,18 +347,17 @@ class ProjectedFree:
         return ProjectedFree(function, x, latest.y + change, residual, inner, latest)
 
     def linear(self) -> "ProjectedFreeLinear":
-        known = len(self.x)
         local = Linearised.at(self.function, torch.cat([self.x, self.linear_unknowns]))
-        probe = torch.cat([self.residual.new_ones(known), torch.zeros_like(self.linear_unknowns)])
-        slope = local.back(local.value)
-        for _ in range(2):  # the sizes of both blocks by a few power iterations
-            probe = local.back(local.times(probe / probe.norm()))
-            probe = torch.cat([probe[:known], torch.zeros_like(self.linear_unknowns)])
-        other = torch.cat([torch.zeros_like(self.x), slope[known:] + 1.0])
-        for _ in range(2):
-            other = local.back(local.times(other / other.norm()))
-            other = torch.cat([torch.zeros_like(self.x), other[known:]])
-        return ProjectedFreeLinear(self, local, float(probe.norm()), float(other.norm()))
+        searched = torch.cat([torch.ones_like(self.x), torch.zeros_like(self.linear_unknowns)])
+        return ProjectedFreeLinear(self, local, _scale(local, searched), _scale(local, 1.0 - searched))
+
+
+def _scale(local: Linearised, block: Tensor) -> float:
+    """About the largest eigenvalue of JᵀJ on the unknowns where `block` is 1, by two power iterations."""
+    vector = block
+    for _ in range(2):
+        vector = block * local.back(local.times(vector / vector.norm()))
+    return float(vector.norm())
 
 
 @dataclass

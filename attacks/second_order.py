@@ -76,7 +76,7 @@ class SecondOrder:
     certified. A cost is ‖simulated − observed‖²/‖observed‖² in the weights of the search: 1 for silence, 0 for a perfect
     match. weights: "entries" (all alike), "layers" (each divided by its norm, so that all layers count the same) or
     "balanced" between them. certified: the cost, in "layers" weights whatever the search had, below which (with as many
-    independent equations as unknowns) a result is called exact.
+    independent equations as unknowns; beyond dense_limit independence is not checked) a result is called exact.
     start: "grey", "normal" or "uniform", see Problem.start. box: images are clamped to [0, 1] at the "end" or after each
     "step". damping: of the first step, in units of the largest diagonal entry of JᵀJ. sketch: equations kept for each
     unknown, 0 for all, never fewer than 4,096; all that memory allows for models with ReLUs, four times as many where
@@ -175,7 +175,7 @@ def _search_rounds(
         ends.append(found)
         if found.diagnostics["starts_succeeded"] > 0:
             break
-    best = min(ends, key=lambda found: found.diagnostics["loss"])
+    best = min(ends, key=lambda found: found.diagnostics.get("chi_square", found.diagnostics["loss"]))
     return replace(
         best,
         steps=sum(found.steps for found in ends),
