@@ -367,7 +367,7 @@ def on_ray(folder: Folder, **options) -> AttackPool:
 
 def drain(pool: AttackPool, **options) -> list[Outcome]:
     """With a limit, so that a hanging pool fails its test and not the whole run."""
-    outcomes = pool.drain(timeout=180.0, **options)
+    outcomes = pool.drain(timeout=60.0, **options)
     assert pool.status().ended == pool.status().total
     return outcomes
 
