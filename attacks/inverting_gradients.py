@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from attacks.labels import infer_labels
 from attacks.matching import DISTANCES, adam, check_options, pose, reconstruction, total_variation
+from attacks.starting import first_guess, random_start
 from attacks.timestep_sources import check_source, settle_timesteps
 from fedattack.tasks import Task
 from fedattack.types import Knowledge, Progress, Reconstruction, Update, silent
@@ -26,8 +27,9 @@ class InvertingGradients:
     """Cosine matching + total variation, signed Adam with step decay, box constraint, restarts in one batch.
 
     learning_rate in [0, 1] pixels a step; tv_weight multiplies the mean absolute neighbour difference; start "normal",
-    "uniform" or "grey"; precision "float32", "float64" or None for the update's own. timesteps (of diffusion models, where
-    hidden): "leak", read off the update, or "relaxed", optimised as real numbers.
+    "uniform", "grey", or an attack such as "r-conv", from whose result the first restart starts; precision "float32",
+    "float64" or None for the update's own. timesteps (of diffusion models, where hidden): "leak", read off the update, or
+    "relaxed", optimised as real numbers.
     """
 
     name: ClassVar[str] = "inverting-gradients"
@@ -46,7 +48,7 @@ class InvertingGradients:
     timesteps: str = "leak"
 
     def __post_init__(self) -> None:
-        check_options(self.distance, self.start, self.iterations)
+        check_options(self.distance, random_start(self.start), self.iterations)
         check_source(self.timesteps)
 
     def reconstruct(
@@ -60,6 +62,7 @@ class InvertingGradients:
         progress: Progress = silent,
     ) -> Reconstruction:
         begun = perf_counter()
+        first, knowledge = first_guess(self.start, update, model, task, knowledge, generator)
         if task.name == "classification" and knowledge.labels is None:
             knowledge = replace(knowledge, labels=infer_labels(update, model, knowledge, generator=generator))
         knowledge, diagnostics = settle_timesteps(update, model, task, knowledge, self.timesteps)
@@ -67,7 +70,7 @@ class InvertingGradients:
         problem = pose(update, model, task, knowledge, precision=self.precision, scale_free=scale_free)
         match = adam(
             problem,
-            problem.start(self.restarts, generator, self.start),
+            problem.start(self.restarts, generator, random_start(self.start), first),
             distance=DISTANCES[self.distance],
             penalty=self._prior if self.tv_weight else None,
             iterations=self.iterations,

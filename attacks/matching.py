@@ -115,9 +115,12 @@ class Problem:
             return {name: factor * gradient[name] for name in self.observed}
         return {name: gradient[name] for name in self.observed}
 
-    def start(self, restarts: int, generator: torch.Generator, images: str = "uniform") -> dict[str, Tensor]:
+    def start(
+        self, restarts: int, generator: torch.Generator, images: str = "uniform", first: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Random guesses, (R, …) each. images: "uniform" in [0, 1]; "normal", 0.5 + 0.5·N(0, 1), which is DLG's N(0, 1) after
-        the models' own normalisation; "grey", 0.5 + 0.1·N(0, 1). Everything else but timesteps is N(0, 1).
+        the models' own normalisation; "grey", 0.5 + 0.1·N(0, 1). Everything else but timesteps is N(0, 1). first: the images
+        (B,C,H,W) that restart 0 has instead of random ones.
         """
         guesses = {}
         for name, variable in self.unknown.items():
@@ -131,6 +134,8 @@ class Problem:
             else:
                 guess = torch.randn(shape, generator=generator, dtype=self.dtype)
             guesses[name] = guess.to(self._device)
+        if first is not None:
+            guesses["images"][0] = first.to(guesses["images"])
         return guesses
 
     def estimate(self, guess: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -35,6 +35,7 @@ from attacks.least_squares import (
 from attacks.matching import Problem, check_options, pose
 from attacks.noise import differences, mean_difference, noise_level, variation_rows, variation_slopes
 from attacks.smoothing import kinks, smoothed, spreads
+from attacks.starting import first_guess, random_start
 from attacks.timesteps import with_timesteps
 from fedattack.errors import FedattackError, NotApplicable, must, one_of
 from fedattack.jacobians import by_rows
@@ -77,7 +78,8 @@ class SecondOrder:
     match. weights: "entries" (all alike), "layers" (each divided by its norm, so that all layers count the same) or
     "balanced" between them. certified: the cost, in "layers" weights whatever the search had, below which (with as many
     independent equations as unknowns; beyond dense_limit independence is not checked) a result is called exact.
-    start: "grey", "normal" or "uniform", see Problem.start. box: images are clamped to [0, 1] at the "end" or after each
+    start: "grey", "normal" or "uniform", see Problem.start; or an attack such as "r-conv", whose result is the first start
+    (the others are grey). box: images are clamped to [0, 1] at the "end" or after each
     "step". damping: of the first step, in units of the largest diagonal entry of JᵀJ. sketch: equations kept for each
     unknown, 0 for all, never fewer than 4,096; all that memory allows for models with ReLUs, four times as many where
     noise is unknown (with fewer, most of those searches get stuck). dense_limit: unknowns beyond which no Jacobian is
@@ -114,7 +116,7 @@ class SecondOrder:
     precision: str = "float64"
 
     def __post_init__(self) -> None:
-        check_options("l2", self.start, self.iterations)
+        check_options("l2", random_start(self.start), self.iterations)
         for what, table, got in (("box", BOXES, self.box), ("weights", WEIGHTS, self.weights)):
             if got not in table:
                 raise FedattackError(one_of(what, table, got))
@@ -133,12 +135,13 @@ class SecondOrder:
         progress: Progress = silent,
     ) -> Reconstruction:
         begun = perf_counter()
+        first, knowledge = first_guess(self.start, update, model, task, knowledge, generator)
         if task.name == "diffusion" and (knowledge.timesteps is None or knowledge.history):
-            return _search_rounds(self, update, model, task, knowledge, generator, progress, begun)
+            return _search_rounds(self, update, model, task, knowledge, generator, progress, begun, first)
         if task.name == "classification" and knowledge.labels is None:
             knowledge = replace(knowledge, labels=infer_labels(update, model, knowledge, generator=generator))
         views = [_View.of(self, seen, model, task, knowledge) for seen in (update, *(knowledge.history or ()))]
-        case = _Case(self, views, mean_difference(knowledge), generator, progress, begun)
+        case = _Case(self, views, mean_difference(knowledge), generator, progress, begun, first)
         return _search_noisy(case) if "noise" in views[0].problem.unknown else _search_images(case)
 
 
@@ -151,6 +154,7 @@ def _search_rounds(
     generator: torch.Generator,
     progress: Progress,
     begun: float,
+    first: Tensor | None,
 ) -> Reconstruction:
     """A diffusion client's updates one by one, that of the smallest timesteps first, until one is explained.
 
@@ -170,7 +174,7 @@ def _search_rounds(
     ends: list[Reconstruction] = []
     for seen, known in told:
         views = [_View.of(attack, seen, model, task, known)]
-        case = _Case(attack, views, mean_difference(knowledge), generator, progress, begun)
+        case = _Case(attack, views, mean_difference(knowledge), generator, progress, begun, first)
         found = _search_noisy(case) if "noise" in views[0].problem.unknown else _search_images(case)
         ends.append(found)
         if found.diagnostics["starts_succeeded"] > 0:
@@ -281,7 +285,7 @@ class _View:
 class _Case:
     """What every search needs. views: updates of the same images, noisy ones divided by their noise where there are several.
 
-    difference: the mean difference of neighbouring pixels of public images.
+    difference: the mean difference of neighbouring pixels of public images. first: images to start from.
     """
 
     attack: SecondOrder
@@ -290,6 +294,12 @@ class _Case:
     generator: torch.Generator
     progress: Progress
     begun: float
+    first: Tensor | None = None
+
+    def starts(self) -> dict[str, Tensor]:
+        """(restarts, …) each, the first given or all at random."""
+        attack, problem = self.attack, self.views[0].problem
+        return problem.start(attack.restarts, self.generator, random_start(attack.start), self.first)
 
     @property
     def noise(self) -> float:
@@ -337,7 +347,7 @@ def _search_images(case: _Case) -> Reconstruction:
     variable = problem.unknown["images"]
     unknowns = math.prod(variable.shape)
     dense = unknowns <= attack.dense_limit
-    starts = problem.start(attack.restarts, case.generator, attack.start)["images"].reshape(attack.restarts, -1)
+    starts = case.starts()["images"].reshape(attack.restarts, -1)
     widths = SMOOTHING if attack.smoothing_iterations > 0 and kinks(problem.model) else ()
     if dense and not (widths and case.count * unknowns <= JACOBIAN):
         case = case.sketched(attack.sketch, unknowns)
@@ -406,7 +416,7 @@ def _search_noisy(case: _Case) -> Reconstruction:
     timesteps = problem.known["timesteps"]
     alpha_bar = task.alphas_cumprod.to(timesteps.device)[timesteps].to(problem.dtype).reshape(-1, 1, 1, 1)
     signal, spread = alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
-    starts = problem.start(attack.restarts, case.generator, attack.start)
+    starts = case.starts()
     noisy = signal * (2.0 * starts["images"] - 1.0) + spread * starts["noise"]
     dense = pixels <= min(attack.dense_limit, PROJECTED)
     if dense:
