@@ -1,9 +1,8 @@
 """Does GIDM's generative phase help? Untrained and trained weights attacked, their own or a public model as the prior.
 
     python -m experiments.gidm_prior [--images 5] [--training-steps 1500] [--prior FOLDER] [--out FILE.jsonl]
-    python -m experiments.gidm_prior --images 0 --size 32 --channels 32 64 64 --prior FOLDER      only trains the prior
 
-A small U-Net is first trained on public faces (CelebA; the attacked ones are LFW's) and saved as a DDPMPipeline. Then one
+A small U-Net is first trained on public faces (CelebA; the attacked ones are LFW's), as `fedattack train-prior` does. Then one
 gradient a face is attacked: t drawn at random, ε and t known, or ε unknown and t read off the update. dlg-dm and gidm
 without a prior ("none") have as many iterations as gidm's two phases together; generative is the first of them alone.
 PSNR has peak 1 on [0, 1].
@@ -24,6 +23,7 @@ from fedattack.data import load_dataset
 from fedattack.jobs import torch_threads
 from fedattack.metrics import psnr_db
 from fedattack.models import build_model
+from fedattack.prior_training import PriorSettings, train_prior
 from fedattack.priors import load_prior
 from fedattack.registry import ATTACKS
 from fedattack.seeding import derive_generator
@@ -40,30 +40,22 @@ def build(size: int, channels: Sequence[int], seed: int) -> Any:
     return build_model("unet", image_shape=(3, size, size), num_classes=None, seed=seed, **options)
 
 
-def train(model: Any, size: int, folder: Path, steps: int, batch: int = 64, rate: float = 2e-3) -> None:
-    """Train the model on public faces by DDPM's loss with Adam, its weights averaged along the way, and save it."""
-    from diffusers import DDPMPipeline, DDPMScheduler
+def public_prior(chosen: argparse.Namespace) -> PriorSettings:
+    """A DDPM of public faces (CelebA), of the victims' own architecture."""
+    return PriorSettings(
+        f"npz:{SHARED / 'celeba10k_jpeg.npz'}",
+        size=chosen.size,
+        channels=tuple(chosen.channels),
+        steps=chosen.training_steps,
+        batch=64,
+        learning_rate=2e-3,
+        ema=0.99,
+    )
 
-    faces = load_dataset(f"npz:{SHARED / 'celeba10k_jpeg.npz'}", image_size=size).public
-    task = Diffusion()
-    generator = derive_generator(0, "training")
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    for step in range(steps):
-        images = faces.images(torch.randint(len(faces), (batch,), generator=generator).tolist())
-        private = task.draw(images, torch.zeros(batch), generator=generator)
-        loss = task.loss(model, private)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 100) * (1.0 - step / steps)
-        optimizer.step()
-        for name, tensor in model.state_dict().items():
-            average[name].lerp_(tensor, 1.0 if step < 200 else 0.01)
-        if (step + 1) % 100 == 0:
-            print(f"training: step {step + 1} of {steps}, loss {loss.item():.4f}", flush=True)
-    model.load_state_dict(average)
-    DDPMPipeline(unet=model.unet, scheduler=DDPMScheduler()).save_pretrained(folder)
+
+def say(step: int, steps: int, loss: float) -> None:
+    if step % 100 == 0:
+        print(f"training: step {step} of {steps}, loss {loss:.4f}", flush=True)
 
 
 def victim(model: Any, number: int, image: Tensor, hidden: bool) -> tuple[Update, Knowledge]:
@@ -80,7 +72,7 @@ def victim(model: Any, number: int, image: Tensor, hidden: bool) -> tuple[Update
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--images", type=int, default=5, help="faces attacked; 0: only train the prior")
+    parser.add_argument("--images", type=int, default=5, help="faces attacked")
     parser.add_argument("--size", type=int, default=16)
     parser.add_argument("--channels", type=int, nargs="+", default=[16, 32], help="of the U-Net's levels")
     parser.add_argument("--training-steps", type=int, default=1500)
@@ -93,10 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="a JSON line for every attack on every image")
     chosen = parser.parse_args(arguments)
     with torch_threads(1):
-        if not chosen.prior.is_dir():
-            train(build(chosen.size, chosen.channels, 0), chosen.size, chosen.prior, chosen.training_steps)
-        if not chosen.images:
-            return
+        train_prior(public_prior(chosen), chosen.prior, progress=say)
         weights = load_prior(str(chosen.prior)).network.state_dict()
         faces = load_dataset(f"npz:{SHARED / 'lfw64.npz'}", image_size=chosen.size).private.images(range(chosen.images))
         print(

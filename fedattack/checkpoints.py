@@ -59,9 +59,9 @@ def save_checkpoint(
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(beside, ignore_errors=True)
     private_folder(beside)
-    _save_weights(beside, model, task, state)
+    save_weights(beside, model, task, state)
     if average is not None:
-        _save_weights(private_folder(beside / EMA), model, task, average)
+        save_weights(private_folder(beside / EMA), model, task, average)
     if samples is not None:
         save_png(beside / SAMPLES, image_grid(samples))
     write_json(beside / "about.json", finite(about or {}))
@@ -83,7 +83,8 @@ def is_pipeline(folder: Path) -> bool:
     return (folder / "model_index.json").is_file()
 
 
-def _save_weights(folder: Path, model: nn.Module, task: Task, state: State) -> None:
+def save_weights(folder: Path, model: nn.Module, task: Task, state: State) -> None:
+    """A DDPM's weights as a diffusers pipeline, any other model's as model.safetensors, into a folder that exists."""
     unet = _diffusers_unet(model)
     if not isinstance(task, Diffusion) or unet is None:
         write_tensors(folder / MODEL, state, {"type": "model"})

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedattack import provenance
 from fedattack.checkpoints import best_weights, digest_of
 from fedattack.config import FINAL, AttackSettings, Settings
 from fedattack.jobs import Job, save_knowledge
@@ -155,10 +156,23 @@ def plan_jobs(settings: Settings, run: RunFolder, update_path: Path, *, timeout_
                 "knowledge": known,
                 "oracles": sorted(set(known) & ORACLES),
                 "prior_digest": weights,
+                "prior_data": _prior_data(settings, knowledge.prior),
             },
         )
         for attack in settings.attack
     ]
+
+
+def _prior_data(settings: Settings, prior: str | None) -> dict[str, Any]:
+    """What a prior was trained on, as far as it says; the federation's own final model on the very data under attack."""
+    if prior and settings.threat.prior == FINAL:
+        return {
+            "dataset": settings.data.dataset,
+            "split": "private",
+            "steps": settings.federation.rounds,
+            "seed": settings.seed,
+        }
+    return provenance.summary(prior or "")
 
 
 def earlier_updates(path: Path, update: Update, most: int) -> list[Path]:

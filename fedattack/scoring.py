@@ -15,6 +15,7 @@ from fedattack.flooring import UNAVAILABLE, FloorRow, Floors
 from fedattack.jobs import Job, load_outcome, reconstruction_path
 from fedattack.metrics import baselines, matched_images, score
 from fedattack.planning import cell_facts, job_id, read_truth, row_facts, updates_of
+from fedattack.provenance import overlap
 from fedattack.seeding import derive_generator
 from fedattack.store import (
     FederationFolder,
@@ -116,6 +117,8 @@ def _attack_row(
             "diagnostics": found.diagnostics,
         }
         row |= _scored(run, job_name, found, truth, lpips)
+        if truth is not None and (shared := overlap(truth["images"], str(job.knowledge.get("prior", "")))):
+            row["prior_overlap"] = shared
         if "labels" in row["oracles"]:
             row |= {"label_accuracy": None, "missing": row["missing"] | {"label_accuracy": "the labels were given"}}
     if not any(metric.startswith("lpips") for metric in row.get("missing", {})):  # a backbone may appear later

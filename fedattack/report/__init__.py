@@ -30,6 +30,9 @@ CURVES = 4
 LINES = 200
 """Failures and incidents listed."""
 
+FINAL = "final"
+"""The prior that a federation ends with, see ThreatSettings.prior."""
+
 TITLES = {
     "headline": "What leaked",
     "gallery": "Pictures",
@@ -93,6 +96,7 @@ def build_report(run: Path, *, targets: int = TARGETS, images: int = IMAGES) -> 
         tables=_tables(cells, rows),
         loss_charts=_loss_charts(rows),
         knowledge=_knowledge(rows),
+        priors=_priors(rows),
         failures=failures[:LINES],
         failures_hidden=max(0, len(failures) - LINES),
         missing=_missing(rows),
@@ -362,6 +366,27 @@ def _last(entries: Iterable[Row], metric: str) -> float | None:
 
 
 # ------------------------------------------------------------------------------------------------ lists
+def _priors(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Every prior once: what it was trained on, and how many of the attacked images were among that (None: not known)."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    counted: set[tuple[str, ...]] = set()
+    for row in rows:
+        name, data, shared = summary.text(row, "prior"), row.get("prior_data"), row.get("prior_overlap")
+        if not name or "prior" not in summary.names(row, "knowledge"):
+            continue
+        facts = ("dataset", "split", "images", "seed", "steps", "sha256")
+        about = data if isinstance(data, Mapping) else {}
+        told = ", ".join(f"{fact} {about[fact]}" for fact in facts if about.get(fact) is not None)
+        prior = found.setdefault((name, told), {"name": name, "about": told, "same": None, "compared": 0})
+        prior["own"] = name == FINAL
+        target = (name, told, *map(str, summary.target_of(row)))
+        if isinstance(shared, Mapping) and target not in counted:
+            counted.add(target)
+            prior["same"] = (prior["same"] or 0) + int(summary.number(shared.get("same")) or 0)
+            prior["compared"] += int(summary.number(shared.get("compared")) or 0)
+    return list(found.values())
+
+
 def _knowledge(rows: Iterable[Row]) -> list[dict[str, Any]]:
     jobs: dict[tuple[str, str, str, tuple[str, ...], tuple[str, ...]], int] = {}
     for row in rows:

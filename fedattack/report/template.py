@@ -311,6 +311,12 @@ is stated. Baselines are in italics; nearest-public looks at the truth and is a 
 {% endfor %}
 </tbody></table></div>
 {% else %}<p class="note">No attack rows.</p>{% endif %}
+{% for prior in priors %}
+<p class="{{ "alarm" if prior.same or prior.own else "note" }}">Prior {{ prior.name }}: {{ prior.about or "it does not say what it was trained on" }}.
+{% if prior.own %}It was trained on the very images under attack.
+{% elif prior.same is none %}Whether the attacked images are among its training images is not known.
+{% else %}{{ prior.same }} of {{ prior.compared }} attacked images {{ "is" if prior.same == 1 else "are" }} among its training images (thumbnails compared).{% endif %}</p>
+{% endfor %}
 </section>
 
 <section id="failures"><h2>{{ titles.failures }}</h2>
