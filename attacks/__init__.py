@@ -10,4 +10,5 @@ ATTACKS: dict[str, str] = {
     "dlg-dm": "attacks.gidm_baselines:DLGdm",
     "invg-dm": "attacks.gidm_baselines:InvGdm",
     "second-order": "attacks.second_order:SecondOrder",
+    "r-conv": "attacks.r_conv:RConv",
 }

@@ -34,7 +34,7 @@ class Activation:
 
     inverse: Z where O determines it, by `determined`. derivative: A'(Z) as a function of O. low, high: the open range of
     O. kinked: A' jumps at Z = 0, so O must be told from 0. folded: outputs below 0 have two Z, of which the larger is
-    given; `other` is A' at the smaller one.
+    given. `other` is A' at the smaller one, and for kinked ones A' on the other side of the kink.
     """
 
     name: str
@@ -62,7 +62,16 @@ class Activation:
 
 
 def relu() -> Activation:
-    return Activation("relu", F.relu, lambda o: o, lambda o: (o > 0).to(o), low=0.0, kinked=True, flat=True)
+    return Activation(
+        "relu",
+        F.relu,
+        lambda o: o,
+        lambda o: (o > 0).to(o),
+        low=0.0,
+        kinked=True,
+        flat=True,
+        other=lambda o: (o <= 0).to(o),
+    )
 
 
 def leaky_relu(slope: float) -> Activation:
@@ -70,8 +79,9 @@ def leaky_relu(slope: float) -> Activation:
         "leaky-relu",
         lambda z: F.leaky_relu(z, slope),
         lambda o: torch.where(o > 0, o, o / slope),
-        lambda o: torch.where(o > 0, 1.0, slope).to(o),
+        lambda o: torch.where(o > 0, torch.ones_like(o), slope),
         kinked=True,
+        other=lambda o: torch.where(o > 0, slope, torch.ones_like(o)),
     )
 
 

@@ -16,6 +16,7 @@ MODELS: dict[str, str] = {
     "lenet": "fedattack.models.lenet:lenet",
     "convnet": "fedattack.models.convnet:convnet",
     "convnet-small": "fedattack.models.convnet:convnet_small",
+    "conv-chain": "fedattack.models.conv_chain:conv_chain",
     "vgg": "fedattack.models.vgg:vgg",
     "resnet18": "fedattack.models.resnet:ResNet18",
     "unet": "fedattack.models.unet:UNet",
