@@ -24,6 +24,8 @@ class Summary:
     run: RunFolder
     report: Path
     statuses: dict[str, int]
+    lost: tuple[str, ...] = ()
+    """Of a deployment: replies that did not come or could not be copied, a line each."""
 
 
 def run_campaign(
@@ -42,7 +44,7 @@ def run_campaign(
     command = "fedattack " + shlex.join(sys.argv[1:])
     begun = begin_run(run, experiment, engine=experiment.engine, command=command)
     if retry_failed:
-        _forget_failures(run, experiment)
+        forget_failures(run, experiment)
     ENGINES[experiment.engine](experiment, run, on_round=on_round, on_status=on_status)
     report = finish_run(run, experiment, begun)
     statuses = Counter(str(row["status"]) for row in read_rows(run.rows) if row.get("kind") == "attack")
@@ -64,7 +66,8 @@ def describe(experiment: Experiment) -> Sequence[str]:
     ]
 
 
-def _forget_failures(run: RunFolder, experiment: Experiment) -> None:
+def forget_failures(run: RunFolder, experiment: Experiment) -> None:
+    """Forget the outcomes of jobs that failed or ran out of time, so that they run again."""
     for settings in experiment.cells:
         for _, job in jobs_of(settings, run):
             outcome = load_outcome(run.results, job)

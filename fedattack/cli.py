@@ -1,4 +1,4 @@
-"""The command line: run, attack, report, floor, train-prior, list. Everything heavy is imported inside the commands."""
+"""The command line: run, deploy, attack, report, floor, pool, train-prior, list. Heavy imports are inside the commands."""
 
 import logging
 import math
@@ -25,6 +25,10 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+pool_app = typer.Typer(help="The attack pool of a run.", no_args_is_help=True)
+app.add_typer(pool_app, name="pool")
 
 
 class Kind(StrEnum):
@@ -97,12 +101,90 @@ def run(
         on_status=display,
     )
     display.close()
-    counts = ", ".join(f"{number} {status}" for status, number in sorted(summary.statuses.items())) or "none"
-    typer.echo(f"attacks: {counts}")
-    if summary.statuses:
-        _print_table(summary.run.rows)
-    typer.secho(f"report: {summary.report}", bold=True)
+    _print_summary(summary)
     if summary.statuses and not summary.statuses.get("ok"):
+        raise typer.Exit(1)
+
+
+@app.command()
+def deploy(
+    config: Annotated[Path, typer.Argument(help="A TOML configuration, e.g. experiments/recipes/quick.toml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes as key=value, e.g. federation.rounds=5 pool.workers=2."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder (default: runs/<name>).")] = None,
+    retry_failed: Annotated[bool, typer.Option(help="Run failed and timed-out attacks again.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check the configuration, say what would run, and stop.")] = False,
+    witness: Annotated[
+        bool | None,
+        typer.Option(
+            "--witness/--no-witness",
+            help="Clients write the truth into the run folder, for scores; never about data of a node's own. On with "
+            "processes of its own, off with --superlink (nodes must say so in their node config, too).",
+        ),
+    ] = None,
+    superlink: Annotated[
+        str,
+        typer.Option(help="host:port of a SuperLink that is up already, e.g. that of docker/; else one is started."),
+    ] = "",
+    root_certificates: Annotated[
+        Path | None, typer.Option(help="With --superlink: certificate of the authority that signed the SuperLink's.")
+    ] = None,
+    ray_address: Annotated[
+        str, typer.Option(help="With --superlink: host:port of the attacks' Ray head, as the ServerApp reaches it.")
+    ] = "",
+    wait: Annotated[float, typer.Option(help="With --superlink: seconds to wait for it and its nodes.")] = 120.0,
+) -> None:
+    """Run a campaign on a Flower deployment: SuperLink, SuperNodes and the rest as processes of their own, TLS and keys.
+
+    All of it is started on 127.0.0.1 for this run and taken down at its end, or --superlink names one that is up. Rows are
+    those of `fedattack run`. A rerun goes on where an earlier one stopped. Exit code 1: the run failed, or lost something.
+    """
+    from fedattack.config import load_config
+    from fedattack.store import RunFolder
+
+    if bool(superlink) != bool(root_certificates):
+        raise FedattackError("--superlink and --root-certificates must be given together")
+    experiment = load_config(config, overrides or [])
+    _by_name("strategies.server_app").require_deployable(experiment)
+    for line in _by_name("experiments.campaign").describe(experiment):
+        typer.echo(line)
+    if dry_run:
+        return
+    deployment = _by_name("experiments.deployment")
+    target, display = out or Path("runs") / experiment.name, _by_name("strategies.pool_display").PoolDisplay()
+    told = {"retry_failed": retry_failed, "on_round": _say_round, "on_status": display}
+    try:
+        if superlink:
+            with deployment.existing(superlink, root_certificates, experiment, wait_seconds=wait) as flower:
+                run_folder = RunFolder(target.resolve())
+                summary = deployment.run_deployed(
+                    experiment, run_folder, flower, ray_address=ray_address, witness=bool(witness), **told
+                )
+        else:
+            summary = deployment.deploy(
+                experiment,
+                target,
+                witness=witness is not False,
+                on_line=lambda line: typer.echo(line, err=True),
+                **told,
+            )
+    except deployment.DeploymentError as error:
+        display.close()
+        typer.secho(f"{error}", fg=typer.colors.RED, err=True)
+        typer.echo(f"nothing that is in {target} is lost: run the same command again to go on", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        display.close()
+        typer.echo(f"interrupted; run the same command again to go on in {target}", err=True)
+        raise typer.Exit(130) from None
+    display.close()
+    _print_summary(summary)
+    for line in summary.lost:
+        typer.secho(f"lost: {line}", fg=typer.colors.YELLOW, err=True)
+    attacked = any(cell.attack for cell in experiment.cells)
+    if summary.lost or (attacked and not summary.statuses.get("ok")):
         raise typer.Exit(1)
 
 
@@ -375,6 +457,41 @@ def train_prior(
     typer.secho(f"prior: {out}", bold=True)
 
 
+@pool_app.command("status")
+def pool_status(
+    folder: Annotated[Path, typer.Argument(help="A run folder, such as runs/demo.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """How the attack jobs of a run stand: done, failed, running, waiting. Reads the folder, from any machine that sees it."""
+    from dataclasses import asdict
+
+    from fedattack.jobs import load_outcome
+    from fedattack.store import RunFolder, finite
+
+    run = RunFolder(folder)
+    if not run.path.is_dir():
+        raise FedattackError(f"FOLDER must be a run folder, got {str(folder)!r}")
+    status = _by_name("strategies.attack_pool").pool_status(run)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(finite(asdict(status)), indent=1))
+        return
+    counts = f"{status.done} done, {status.failed} failed, {len(status.running)} running, {status.waiting} waiting"
+    typer.secho(f"{status.total} jobs: {counts}", bold=True)
+    for item in status.running:
+        loss = "" if item.loss is None else f", loss {item.loss:.3e}"
+        typer.echo(
+            f"running  {item.job}: {item.iteration} of {item.iterations or '?'}{loss}, {item.seconds:.0f} s, "
+            f"worker {item.worker}"
+        )
+    for path in sorted(run.jobs.glob("*.json")) if status.failed else ():
+        outcome = load_outcome(run.results, path.stem)
+        if outcome is not None and outcome.status in ("failed", "timeout"):
+            first = outcome.error.strip().splitlines()[0] if outcome.error.strip() else ""
+            typer.secho(f"{outcome.status:8} {path.stem}: {first}", fg=typer.colors.YELLOW)
+
+
 @app.command("list")
 def list_plugins(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
     """List what is registered, with parameters and their defaults: attacks, defenses, models, datasets, strategies, mods."""
@@ -391,6 +508,48 @@ def list_plugins(kind: Annotated[Kind, typer.Argument(help="What to list.")]) ->
         ]
         if parameters:
             typer.echo(f"    {', '.join(parameters)}")
+
+
+def _whole_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    from fedattack.errors import must
+
+    parts = None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+    if parts and not all(part.isdigit() for part in parts):
+        raise FedattackError(must(option, "whole numbers such as 32,64", text))
+    return None if parts is None else tuple(int(part) for part in parts)
+
+
+@contextmanager
+def _training_bar() -> Iterator[Any]:
+    """A progress for a training, with its loss; it starts where the training does."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    with Progress(*columns) as bar:
+        task = bar.add_task("training", total=None, loss="")
+        yield lambda i, n, loss: bar.update(task, completed=i, total=n, loss=f"loss {loss:.4f}")
+
+
+def _print_summary(summary: Any) -> None:
+    counts = ", ".join(f"{number} {status}" for status, number in sorted(summary.statuses.items())) or "none"
+    typer.echo(f"attacks: {counts}")
+    if summary.statuses:
+        _print_table(summary.run.rows)
+    typer.secho(f"report: {summary.report}", bold=True)
 
 
 def _whole_numbers(option: str, text: str | None) -> tuple[int, ...] | None:

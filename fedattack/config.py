@@ -180,6 +180,10 @@ class PoolSettings(_Section):
     queue: int = Field(4, ge=1, description="jobs handed to a worker ahead of time; the rest wait on disk")
     timeout_seconds: float = Field(3600.0, gt=0, description="of one attack on one update")
     address: str = Field("", description="an external Ray cluster, e.g. 127.0.0.1:6379; empty: a local one")
+    resource: str = Field(
+        "",
+        description="custom resource of that cluster, of which every worker takes 1: only nodes that offer it get any",
+    )
 
 
 class ScoreSettings(_Section):

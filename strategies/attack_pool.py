@@ -273,7 +273,7 @@ class AttackPool:
             private_folder(folder)
         self._connect()
         try:
-            self._check_gpus()
+            self._check_resources()
             self._slots = [_Slot(number) for number in range(self._settings.workers)]
             for slot in self._slots:
                 self._launch(slot)
@@ -492,16 +492,21 @@ class AttackPool:
             with suppress(Exception):
                 ray.shutdown()
 
-    def _check_gpus(self) -> None:
+    def _check_resources(self) -> None:
+        """Ray lets an actor wait for ever for what the cluster does not have."""
         import ray
 
-        needed = self._settings.workers * self._settings.gpus_per_worker
-        if needed == 0:
-            return
-        there = float(ray.cluster_resources().get("GPU", 0.0))
-        if needed > there:
-            rule = f"at most {there:g}, the GPUs of this Ray cluster"
-            raise FedattackError(must("pool.workers × pool.gpus_per_worker", rule, needed))
+        workers, name = self._settings.workers, self._settings.resource
+        if needed := workers * self._settings.gpus_per_worker:
+            there = float(ray.cluster_resources().get("GPU", 0.0))
+            if needed > there:
+                rule = f"at most {there:g}, the GPUs of this Ray cluster"
+                raise FedattackError(must("pool.workers × pool.gpus_per_worker", rule, needed))
+        if name:
+            there = float(ray.cluster_resources().get(name, 0.0))
+            if workers > there:
+                rule = f"at most {there:g}, what this Ray cluster offers of the resource {name!r} (pool.resource)"
+                raise FedattackError(must("pool.workers", rule, workers))
 
     def _launch(self, slot: _Slot) -> None:
         """A new actor (detached: the one of this name, if it lives) and the question whether it is ready."""
@@ -529,6 +534,7 @@ class AttackPool:
                     lifetime="detached" if self._address else None,
                     num_cpus=0,
                     num_gpus=settings.gpus_per_worker,
+                    resources={settings.resource: 1} if settings.resource else None,
                     max_restarts=-1,
                     max_task_retries=-1,
                     max_concurrency=1,
@@ -740,6 +746,33 @@ class AttackPool:
             ray.kill(slot.actor, no_restart=False)
         if (written := _outcome(self._run, job)) is not None:
             self._end(job, written)
+
+
+# ------------------------------------------------------------------------------------------------ a look from outside
+def pool_status(run: RunFolder) -> PoolStatus:
+    """How the jobs of a run folder stand, read from the disk alone: from any process that sees it, with or without a pool.
+
+    A job runs if somebody holds its lock; a worker that died in the middle holds none, and its job waits again.
+    """
+    outcomes = {path.stem: _outcome(run, path.stem) for path in run.jobs.glob("*.json")}
+    done = sum(outcome is not None and outcome.status in ENDED_WELL for outcome in outcomes.values())
+    failed = sum(outcome is not None and outcome.status not in ENDED_WELL for outcome in outcomes.values())
+    beats = (
+        _beat(run, int(path.stem)) for path in sorted((run.path / "workers").glob("*.json")) if path.stem.isdigit()
+    )
+    running = tuple(
+        beat
+        for beat in beats
+        if beat is not None and outcomes.get(beat.job, beat) is None and _is_locked(attempts_path(run, beat.job))
+    )
+    return PoolStatus(
+        total=len(outcomes),
+        done=done,
+        failed=failed,
+        waiting=len(outcomes) - done - failed - len(running),
+        handed=len(running),
+        running=running,
+    )
 
 
 # ------------------------------------------------------------------------------------------------ helpers

@@ -62,13 +62,18 @@ def read_run_config(run_config: Mapping[str, Any]) -> tuple[Experiment, RunFolde
     if path is None:
         raise ConfigError(must("config", "a TOML file in " + " or ".join(str(p.parent) for p in places), str(named)))
     experiment = load_config(path, str(run_config.get("overrides", "")).split())
+    require_deployable(experiment)
+    folder = str(run_config.get("run-dir", "")) or os.environ.get("FEDATTACK_RUN_DIR", "") or f"runs/{experiment.name}"
+    return experiment, RunFolder(Path(folder).resolve())
+
+
+def require_deployable(experiment: Experiment) -> None:
+    """Raises ConfigError for what cannot be one Flower run: one set of nodes, one ClientApp, Flower's present message path."""
     clients = {cell.federation.clients for cell in experiment.cells}
     if len(clients) > 1:
         raise ConfigError(f"federation.clients must be the same in all cells under `flwr run`, got {sorted(clients)}")
     if any(cell.federation.secure_aggregation for cell in experiment.cells):
         raise ConfigError("federation.mods: secaggplus needs engine = 'in-process' or 'simulation', not `flwr run`")
-    folder = str(run_config.get("run-dir", "")) or os.environ.get("FEDATTACK_RUN_DIR", "") or f"runs/{experiment.name}"
-    return experiment, RunFolder(Path(folder).resolve())
 
 
 app = ServerApp()
@@ -76,10 +81,15 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """`flwr run .`: the whole road, report included."""
+    """`flwr run .` and deployments: the whole road, report included.
+
+    In a deployment, clients write the truth only where the run config and their own node config both say `witness=true`.
+    """
     from fedattack.finishing import begin_run, finish_run
 
     experiment, run = read_run_config(context.run_config)
-    begun = begin_run(run, experiment, engine="flwr run", command="flwr run .")
-    serve(grid, experiment, run, witness=_simulated(grid))
+    simulated = _simulated(grid)
+    command = str(context.run_config.get("command", "")) or "flwr run ."
+    begun = begin_run(run, experiment, engine="flwr run" if simulated else "deployment", command=command)
+    serve(grid, experiment, run, witness=simulated or bool(context.run_config.get("witness", False)))
     finish_run(run, experiment, begun)
