@@ -8,7 +8,6 @@ constructions from the same equations; whether the result reproduces the update 
 """
 
 import math
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -27,6 +26,7 @@ from fedattack.constraints import (
     WeightConstraints,
     input_gradient,
     relative,
+    share_for,
     solve_gradient,
     solve_hybrid,
 )
@@ -63,7 +63,7 @@ class RConv:
     tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
 
     constraints: str = "auto"
-    condition: float = 1e5
+    condition: float = 1e3
     deficient: str = "image"
 
     def __post_init__(self) -> None:
@@ -444,16 +444,16 @@ def _solve(
 
 
 def _choose(gradient: GradientConstraints, weights: WeightConstraints, accuracy: float, attack: RConv) -> Solved:
-    hybrid: Callable[[], Solved] = lambda: solve_hybrid(gradient, weights, accuracy)  # noqa: E731
+    """Gradient constraints where they are enough, else all that there is."""
     if attack.constraints == "weights":
         return solve_hybrid(None, weights, accuracy)
     if attack.constraints == "hybrid" and weights.count:
-        return hybrid()
+        return solve_hybrid(gradient, weights, accuracy)
     found = solve_gradient(gradient)
-    good = found.spectrum.full and found.spectrum.condition <= attack.condition
+    good = found.spectrum.full and found.spectrum.condition <= min(attack.condition, 1.0 / share_for(accuracy))
     if good or attack.constraints == "gradient" or not weights.count:
         return found
-    other = hybrid()
+    other = solve_hybrid(gradient, weights, accuracy)
     if found.spectrum.full and not (other.spectrum.full and other.spectrum.condition < found.spectrum.condition):
         return found
     return other

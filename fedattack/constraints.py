@@ -420,6 +420,7 @@ class Solved:
     residual: float
     kind: str
     iterations: int = 0
+    free: Tensor | None = None  # (k,B,C,H,W), orthonormal: what nothing determines, where it is known
 
 
 def solve_gradient(constraints: GradientConstraints) -> Solved:
@@ -522,9 +523,18 @@ def hybrid_system(gradient: GradientConstraints | None, weights: WeightConstrain
 
 
 def solve_hybrid(gradient: GradientConstraints | None, weights: WeightConstraints, accuracy: float) -> Solved:
-    """Inputs from both kinds of constraints in one least-squares system; gradient None: from weight constraints alone."""
+    """Inputs from both kinds of constraints in one least-squares system; gradient None: from weight constraints alone.
+
+    Where each residue class is small enough for its singular values, what gradient constraints determine well is taken from
+    them, and only the rest is solved for with the weight constraints; else both are stacked, beyond DENSE unknowns without
+    a matrix.
+    """
     shape, batch = weights.shape, weights.batch
     kind = "weights" if gradient is None else "hybrid"
+    if gradient is not None and (split := split_gradient(gradient)) is not None:
+        free = len(split.directions) * shape.channels
+        if free <= DENSE and (weights.count + free) * free <= ENTRIES:
+            return solve_split(split, weights, accuracy)
     unknowns = batch * shape.unknowns
     count = weights.count + (gradient.gradient.numel() if gradient is not None else 0)
     if unknowns > DENSE or count * unknowns > ENTRIES:
@@ -534,6 +544,184 @@ def solve_hybrid(gradient: GradientConstraints | None, weights: WeightConstraint
     found = factored.solve(right)
     inputs = found.reshape(batch, shape.channels, shape.height, shape.width)
     return Solved(inputs, factored.spectrum, relative(matrix @ found - right, right), kind)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Gradient constraints taken apart by the singular values of their residue classes.
+
+    inputs (B,C,H,W): their solution along directions with σ > share·σ_max. directions (f,B,H,W): the others, orthonormal and
+    the same for every channel; sigma (f,) and right (f,C): the equations sigma·z = right that are left on them.
+    """
+
+    constraints: GradientConstraints
+    inputs: Tensor
+    directions: Tensor
+    sigma: Tensor
+    right: Tensor
+    sigma_max: float
+    sigma_fixed: float
+
+
+def share_for(accuracy: float) -> float:
+    """Singular values below this share of the largest are better supported by weight constraints."""
+    return min(0.1, max(1e-3, 100.0 * math.sqrt(accuracy)))
+
+
+def split_gradient(constraints: GradientConstraints, share: float | None = None) -> Split | None:
+    """See `Split`; None where a residue class has more unknowns than SINGULAR, or channels are in groups."""
+    shape, batch = constraints.shape, constraints.batch
+    if shape.groups > 1 or any(batch * part.pixels > SINGULAR for part in shape.residues):
+        return None
+    share = share_for(constraints.accuracy) if share is None else share
+    parts = [part for part in shape.residues if part.pixels]
+    decomposed: dict[tuple[tuple[int, ...], ...], tuple[Tensor, Tensor, Tensor]] = {}
+    for part in parts:
+        if part.key not in decomposed:
+            decomposed[part.key] = _complete_svd(part.matrix(constraints.sensitivity))
+    largest = max((float(values[0]) for _, values, _ in decomposed.values() if len(values)), default=0.0)
+    like = constraints.gradient
+    inputs = like.new_zeros(batch, shape.channels, shape.height, shape.width)
+    directions, sigma, right, smallest = [], [], [], math.inf
+    for part in parts:
+        left, values, vectors = decomposed[part.key]
+        fixed = int((values > share * largest).sum()) if largest > 0 else 0
+        components = left.mT @ part.take(constraints.gradient)
+        if fixed:
+            smallest = min(smallest, float(values[fixed - 1]))
+            part.put(inputs, vectors[:fixed].mT @ (components[:fixed] / values[:fixed, None]))
+        block = like.new_zeros(batch, len(vectors) - fixed, shape.height, shape.width)
+        part.put(block, vectors[fixed:].mT)
+        directions.append(block.transpose(0, 1))
+        missing = len(vectors) - len(values)
+        sigma.append(F.pad(values[fixed:], (0, missing)))
+        right.append(F.pad(components[fixed:], (0, 0, 0, missing)))
+    return Split(
+        constraints, inputs, torch.cat(directions), torch.cat(sigma), torch.cat(right), largest,
+        smallest if smallest < math.inf else 0.0,
+    )  # fmt: skip
+
+
+def _complete_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """left (m,k), values (k,), right (n,n): all right singular vectors, k = min(m,n)."""
+    rows, unknowns = matrix.shape
+    if not rows:
+        eye = torch.eye(unknowns, dtype=matrix.dtype, device=matrix.device)
+        return matrix.new_zeros(0, 0), matrix.new_zeros(0), eye
+    if rows <= unknowns:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=True)
+        return left, values, right
+    orthogonal, triangle = torch.linalg.qr(matrix)
+    left, values, right = torch.linalg.svd(triangle)
+    return orthogonal @ left, values, right
+
+
+def solve_split(split: Split, weights: WeightConstraints | None, accuracy: float) -> Solved:
+    """The directions that gradient constraints leave open, from what they still say about them and weight constraints."""
+    constraints, shape = split.constraints, split.constraints.shape
+    batch, channels, free = constraints.batch, shape.channels, len(split.directions)
+    scale = gradient_scale(constraints, weights) if weights is not None else 1.0
+    inputs, unknowns = split.inputs, batch * shape.unknowns
+    fixed = unknowns - free * channels
+    cut = 10.0 * accuracy * split.sigma_max
+    heard = split.sigma > cut  # below: rounding errors
+    eye = torch.eye(free * channels, dtype=inputs.dtype, device=inputs.device)
+    weak = torch.where(heard, split.sigma, 0.0).repeat_interleave(channels)
+    rows, right = [(scale * weak[:, None] * eye)[weak > 0]], [scale * split.right.flatten()[weak > 0]]
+    if weights is not None:
+        known = weights.trust > 0
+        rows.append(_responses(split, weights)[:, known].mT)
+        right.append((weights.right_side() - weights.apply(inputs))[known])
+    matrix, target = torch.cat(rows), torch.cat(right)[:, None]
+    left_over = None
+    smallest, rank, largest = scale * split.sigma_fixed if fixed else math.inf, fixed, scale * split.sigma_max
+    if free:
+        factored = Factored(matrix, cutoff_for(len(matrix), matrix.shape[1], accuracy))
+        inputs = inputs + _combine(split.directions, factored.solve(target).reshape(free, channels))
+        rank += factored.spectrum.rank
+        largest, smallest = max(largest, factored.spectrum.sigma_max), min(smallest, factored.spectrum.sigma_min)
+        null = factored.null_space
+        if 0 < null.shape[1] * unknowns <= ENTRIES // 4:
+            left_over = torch.stack([_combine(split.directions, column.reshape(free, channels)) for column in null.mT])
+    residuals = [(constraints.residual(inputs), float(constraints.gradient.norm()) * scale)]
+    if weights is not None:
+        residuals.append((weights.residual(inputs), float(weights.right_side().norm())))
+    whole = math.hypot(*(size for _, size in residuals))
+    residual = math.hypot(*(part * size for part, size in residuals if size > 0)) / whole if whole > 0 else 0.0
+    kind = "hybrid" if weights is not None else "gradient"
+    return Solved(inputs, Spectrum(rank, unknowns, largest, smallest, exact=False), residual, kind, free=left_over)
+
+
+def _combine(directions: Tensor, coefficients: Tensor) -> Tensor:
+    """Σ_f directions (f,B,H,W) ⊗ coefficients (f,C) as (B,C,H,W)."""
+    return torch.einsum("fbhw,fc->bchw", directions, coefficients)
+
+
+def _responses(split: Split, weights: WeightConstraints) -> Tensor:
+    """trust·(W ∗ x) for every direction on every channel: (f·C, B, D, H', W')."""
+    shape = weights.shape
+    each = Convolution(
+        1, shape.height, shape.width, shape.filters * shape.channels,
+        shape.kernel, shape.stride, shape.padding, shape.dilation,
+    )  # fmt: skip
+    kernels = weights.weight.transpose(0, 1).reshape(each.weight_shape)  # channel outermost
+    free, batch = split.directions.shape[:2]
+    seen = output(each, kernels, split.directions.reshape(free * batch, 1, shape.height, shape.width))
+    seen = seen.reshape(free, batch, shape.channels, shape.filters, *shape.output).transpose(1, 2)
+    return (seen * weights.trust).reshape(free * shape.channels, batch, shape.filters, *shape.output)
+
+
+def pinch(
+    solved: Solved, low: float, high: float, below: WeightConstraints | None, generator: torch.Generator
+) -> Solved:
+    """Fix what a system leaves open by low ≤ inputs ≤ high and, where `below.trust` is positive, W ∗ x ≤ below.target.
+
+    Linear programs in the open directions, with random objectives and their opposites: where all have one solution it is the
+    only one that fits, and is returned with full rank, polished on the inequalities that bind. Else `solved` itself.
+    """
+    if solved.free is None or solved.spectrum.full:
+        return solved
+    from scipy.optimize import linprog
+
+    free = solved.free
+    rows, limits = [], []
+    for bound, sign in ((low, -1.0), (high, 1.0)):
+        if math.isfinite(bound):
+            rows.append(sign * free.flatten(1).mT)
+            limits.append(sign * (bound - solved.inputs.flatten()))
+    if below is not None and below.count:
+        known = below.trust > 0
+        rows.append(torch.stack([output(below.shape, below.weight, part)[known] for part in free], 1))
+        limits.append((below.target - output(below.shape, below.weight, solved.inputs))[known])
+    if not rows:
+        return solved
+    matrix, limit = torch.cat(rows), torch.cat(limits)
+    slack = 1e-9 * float(solved.inputs.abs().max())
+    found: list[Tensor] = []
+    for _ in range(2):
+        objective = torch.randn(len(free), generator=generator, dtype=torch.float64)
+        for sign in (1.0, -1.0):
+            answer = linprog(
+                (sign * objective).numpy(), matrix.cpu().numpy(), (limit + slack).cpu().numpy(), bounds=(None, None)
+            )
+            if answer.status != 0:
+                return solved
+            found.append(torch.from_numpy(answer.x).to(matrix))
+    spread = max(float((other - found[0]).abs().max()) for other in found[1:])
+    size = float(solved.inputs.abs().max())
+    if not spread <= 1e-5 * size:
+        return solved
+    middle = torch.stack(found).mean(0)
+    binding = (matrix @ middle - limit).abs() < 1e-5 * size
+    if int(binding.sum()) < len(free):
+        return solved
+    polished = torch.linalg.lstsq(matrix[binding], limit[binding, None], driver="gelsd").solution[:, 0]
+    if not float((polished - middle).abs().max()) <= 1e-4 * size:
+        return solved
+    inputs = solved.inputs + torch.einsum("k,kbchw->bchw", polished, free)
+    old = solved.spectrum
+    spectrum = Spectrum(old.unknowns, old.unknowns, old.sigma_max, old.sigma_min, exact=False)
+    return Solved(inputs, spectrum, solved.residual, "inequalities", solved.iterations)
 
 
 # ------------------------------------------------------------------------------------------------ large systems
