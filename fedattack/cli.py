@@ -1,9 +1,9 @@
-"""The command line: run, deploy, attack, report, floor, pool, train-prior, list. Heavy imports are inside the commands."""
+"""The command line: one function a command. Heavy imports are inside the commands."""
 
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -15,6 +15,7 @@ from fedattack import __version__
 from fedattack.errors import FedattackError
 
 if TYPE_CHECKING:
+    from fedattack.analysis import Analysis
     from fedattack.types import Knowledge
 
 app = typer.Typer(
@@ -381,6 +382,102 @@ def floor(
         raise typer.Exit(1)
 
 
+@pool_app.command("status")
+def pool_status(
+    folder: Annotated[Path, typer.Argument(help="A run folder, such as runs/demo.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """How the attack jobs of a run stand: done, failed, running, waiting. Reads the folder, from any machine that sees it."""
+    from dataclasses import asdict
+
+    from fedattack.jobs import load_outcome
+    from fedattack.store import RunFolder, finite
+
+    run = RunFolder(folder)
+    if not run.path.is_dir():
+        raise FedattackError(f"FOLDER must be a run folder, got {str(folder)!r}")
+    status = _by_name("strategies.attack_pool").pool_status(run)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(finite(asdict(status)), indent=1))
+        return
+    counts = f"{status.done} done, {status.failed} failed, {len(status.running)} running, {status.waiting} waiting"
+    typer.secho(f"{status.total} jobs: {counts}", bold=True)
+    for item in status.running:
+        loss = "" if item.loss is None else f", loss {item.loss:.3e}"
+        typer.echo(
+            f"running  {item.job}: {item.iteration} of {item.iterations or '?'}{loss}, {item.seconds:.0f} s, "
+            f"worker {item.worker}"
+        )
+    for path in sorted(run.jobs.glob("*.json")) if status.failed else ():
+        outcome = load_outcome(run.results, path.stem)
+        if outcome is not None and outcome.status in ("failed", "timeout"):
+            first = outcome.error.strip().splitlines()[0] if outcome.error.strip() else ""
+            typer.secho(f"{outcome.status:8} {path.stem}: {first}", fg=typer.colors.YELLOW)
+
+
+@app.command()
+def analyse(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help='A model: "lenet", "conv-chain(architecture=\'letnet-o\')", "package.module:Class(width=8)".'
+        ),
+    ],
+    image_shape: Annotated[str, typer.Option(help="Shape of its images.")] = "3,32,32",
+    num_classes: Annotated[int, typer.Option(help="Number of classes.")] = 10,
+    batch: Annotated[int, typer.Option(help="Images of one gradient.")] = 1,
+    probes: Annotated[int, typer.Option(help="Clients to play, each with initial weights of its own.")] = 5,
+    data: Annotated[
+        str, typer.Option(help="Public images to play with: a data set, npz:PATH or images:FOLDER.")
+    ] = "patches",
+    weights: Annotated[
+        Path | None, typer.Option(help="The model's weights (safetensors), instead of initial ones.")
+    ] = None,
+    evaluation: Annotated[
+        bool, typer.Option("--evaluation", help="Clients compute gradients in evaluation mode.")
+    ] = False,
+    precision: Annotated[str, typer.Option(help="In which the update is sent: float32 or float64.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Root seed.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything as JSON.")] = None,
+) -> None:
+    """Which layers of MODEL could be inverted in closed form, and what would close the gap: before any data is seen.
+
+    For every convolution: unknowns of its input, gradient constraints (the entries of its weight's gradient), and the number of
+    filters from which gradient constraints, or its outputs alone, are as many as the unknowns. Then clients are played with
+    public images and their updates inverted by r-conv: rank and condition number of each layer's equations, and what came out.
+    """
+    from fedattack.analysis import analyse as analysed
+    from fedattack.analysis import as_records, probe_images
+    from fedattack.cells import DTYPES
+    from fedattack.errors import must, one_of
+    from fedattack.registry import parse_spec
+    from fedattack.store import finite, read_tensors, write_json
+
+    if precision not in DTYPES:
+        raise FedattackError(one_of("--precision", DTYPES, precision))
+    for option, count in (("--batch", batch), ("--probes", probes), ("--num-classes", num_classes)):
+        if count < 1:
+            raise FedattackError(must(option, "a whole number of at least 1", count))
+    name, options = parse_spec(model)
+    found = analysed(
+        name,
+        options,
+        probe_images(data, _shape(image_shape), probes * batch),
+        num_classes,
+        batch=batch,
+        seed=seed,
+        training=not evaluation,
+        weights=read_tensors(weights)[0] if weights else None,
+        dtype=DTYPES[precision],
+    )
+    _print_analysis(found, model)
+    if json_file is not None:
+        write_json(json_file, finite(as_records(found)))
+        typer.echo(f"analysis: {json_file}")
+
+
 @app.command("train-prior")
 def train_prior(
     data: Annotated[str, typer.Argument(help="A data set: a registered name, npz:PATH or images:FOLDER.")],
@@ -457,41 +554,6 @@ def train_prior(
     typer.secho(f"prior: {out}", bold=True)
 
 
-@pool_app.command("status")
-def pool_status(
-    folder: Annotated[Path, typer.Argument(help="A run folder, such as runs/demo.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
-) -> None:
-    """How the attack jobs of a run stand: done, failed, running, waiting. Reads the folder, from any machine that sees it."""
-    from dataclasses import asdict
-
-    from fedattack.jobs import load_outcome
-    from fedattack.store import RunFolder, finite
-
-    run = RunFolder(folder)
-    if not run.path.is_dir():
-        raise FedattackError(f"FOLDER must be a run folder, got {str(folder)!r}")
-    status = _by_name("strategies.attack_pool").pool_status(run)
-    if as_json:
-        import json
-
-        typer.echo(json.dumps(finite(asdict(status)), indent=1))
-        return
-    counts = f"{status.done} done, {status.failed} failed, {len(status.running)} running, {status.waiting} waiting"
-    typer.secho(f"{status.total} jobs: {counts}", bold=True)
-    for item in status.running:
-        loss = "" if item.loss is None else f", loss {item.loss:.3e}"
-        typer.echo(
-            f"running  {item.job}: {item.iteration} of {item.iterations or '?'}{loss}, {item.seconds:.0f} s, "
-            f"worker {item.worker}"
-        )
-    for path in sorted(run.jobs.glob("*.json")) if status.failed else ():
-        outcome = load_outcome(run.results, path.stem)
-        if outcome is not None and outcome.status in ("failed", "timeout"):
-            first = outcome.error.strip().splitlines()[0] if outcome.error.strip() else ""
-            typer.secho(f"{outcome.status:8} {path.stem}: {first}", fg=typer.colors.YELLOW)
-
-
 @app.command("list")
 def list_plugins(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
     """List what is registered, with parameters and their defaults: attacks, defenses, models, datasets, strategies, mods."""
@@ -508,40 +570,6 @@ def list_plugins(kind: Annotated[Kind, typer.Argument(help="What to list.")]) ->
         ]
         if parameters:
             typer.echo(f"    {', '.join(parameters)}")
-
-
-def _whole_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
-    from fedattack.errors import must
-
-    parts = None if text is None else [part.strip() for part in text.split(",") if part.strip()]
-    if parts and not all(part.isdigit() for part in parts):
-        raise FedattackError(must(option, "whole numbers such as 32,64", text))
-    return None if parts is None else tuple(int(part) for part in parts)
-
-
-@contextmanager
-def _training_bar() -> Iterator[Any]:
-    """A progress for a training, with its loss; it starts where the training does."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}"),
-    )
-    with Progress(*columns) as bar:
-        task = bar.add_task("training", total=None, loss="")
-        yield lambda i, n, loss: bar.update(task, completed=i, total=n, loss=f"loss {loss:.4f}")
 
 
 def _print_summary(summary: Any) -> None:
@@ -677,6 +705,52 @@ def _print_floors(lines: list[dict[str, Any]], sigmas: list[float], db: float) -
             typer.echo(f"  {note}")
 
 
+def _print_analysis(found: "Analysis", model: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedattack.report.summary import plain_number, small_number
+
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    table = Table(title=f"{model} · batches of {found.batch}", title_justify="left")
+    numbers = ("unknowns", "gradient constraints", "rank", "condition", "filters for gradients", "filters for outputs")
+    for head in ("layer", "filters, kernel, stride", "input", *numbers, "verdict"):
+        table.add_column(head, justify="right" if head in numbers else "left")
+    for layer in found.layers:
+        shape = layer.shape
+        reached = [probe for probe in found.probes if probe.of(layer.name, "rank") is not None]
+        ranks = [int(probe.of(layer.name, "rank") or 0) for probe in reached]
+        conditions = [probe.of(layer.name, "condition") or math.inf for probe in reached]
+        table.add_row(
+            layer.name,
+            f"{shape.filters}, {shape.kernel[0]}×{shape.kernel[1]}, {shape.stride[0]}",
+            f"{shape.channels}×{shape.height}×{shape.width}",
+            f"{found.batch * shape.unknowns:,}",
+            f"{shape.gradient_constraints * shape.channels:,}",
+            _range(ranks, lambda rank: f"{rank:,}"),
+            _range(conditions, small_number),
+            "never" if layer.filters_for_gradients is None else str(layer.filters_for_gradients),
+            str(layer.filters_for_weights),
+            found.verdict(layer),
+        )
+    console.print(table)
+    for refusal in dict.fromkeys(probe.refusal for probe in found.probes if probe.refusal):
+        typer.echo(f"  r-conv is not applicable: {refusal}")
+    if psnrs := sorted(value for probe in found.probes for value in probe.psnr_db):
+        middle, low, high = (plain_number(psnrs[k]) for k in (len(psnrs) // 2, 0, -1))
+        typer.echo(
+            f"  r-conv on {len(found.probes)} played clients with public images: median {middle} dB ({low} to {high})"
+        )
+
+
+def _range(values: Sequence[Any], text: Any) -> str:
+    """Least and largest."""
+    if not values:
+        return "–"
+    low, high = text(min(values)), text(max(values))
+    return str(low) if low == high else f"{low} to {high}"
+
+
 def _say_round(settings: Any, number: int, figures: Mapping[str, float]) -> None:
     if number:
         federation = settings.federation
@@ -691,9 +765,18 @@ def _by_name(module: str) -> Any:
     return import_module(module)
 
 
+def _shape(text: str) -> tuple[int, int, int]:
+    """An --image-shape."""
+    from fedattack.errors import must
+
+    sides = text.split(",")
+    if len(sides) != 3 or not all(side.strip().isdigit() and int(side) for side in sides):
+        raise FedattackError(must("--image-shape", 'three whole numbers such as "3,32,32"', text))
+    return int(sides[0]), int(sides[1]), int(sides[2])
+
+
 def _told_context(context: dict[str, Any], model: str, task: str, image_shape: str, num_classes: int) -> dict[str, Any]:
     """How to rebuild model and task: what the update's file says, what the command line says over it, and nothing missing."""
-    from fedattack.errors import must
     from fedattack.registry import parse_spec
 
     for part, text in (("model", model), ("task", task)):
@@ -701,10 +784,7 @@ def _told_context(context: dict[str, Any], model: str, task: str, image_shape: s
             name, parameters = parse_spec(text)
             context[part] = {"name": name, "options": parameters}
     if image_shape:
-        sides = image_shape.split(",")
-        if len(sides) != 3 or not all(side.strip().isdigit() for side in sides):
-            raise FedattackError(must("--image-shape", 'three whole numbers such as "3,32,32"', image_shape))
-        context["image_shape"] = [int(side) for side in sides]
+        context["image_shape"] = list(_shape(image_shape))
     if num_classes:
         context["num_classes"] = num_classes
     context.setdefault("task", {"name": "classification", "options": {}})
