@@ -11,4 +11,5 @@ ATTACKS: dict[str, str] = {
     "invg-dm": "attacks.gidm_baselines:InvGdm",
     "second-order": "attacks.second_order:SecondOrder",
     "r-conv": "attacks.r_conv:RConv",
+    "r-gap": "attacks.r_gap:RGAP",
 }
