@@ -25,6 +25,7 @@ from fedattack.constraints import (
     Solved,
     WeightConstraints,
     input_gradient,
+    pinch,
     relative,
     share_for,
     solve_gradient,
@@ -93,7 +94,7 @@ class RConv:
         chain = read_chain(model, update.sent, knowledge.image_shape, generator)
         observed = Observed.of(update)
         samples = dense_inputs(chain, observed, batch, generator)
-        inversion = invert(chain, observed, samples, attack=self, progress=progress)
+        inversion = invert(chain, observed, samples, attack=self, generator=generator, progress=progress)
         images = inversion.images.nan_to_num(0.5, 1.0, 0.0).clamp(0.0, 1.0)
         labels = labels_of(chain, samples, update, model, knowledge, generator)
         diagnostics = dict(inversion.diagnostics)
@@ -220,7 +221,7 @@ class Inversion:
 class _Front:
     """How far the inversion has come, seen from above: a layer's outputs and the gradient by them, for every sample.
 
-    known: where the values are true (the others are only bounds); trust: how sharply the next values above react to these,
+    known: where the values are true; trust: how sharply the next values above react to these,
     the weight of an equation on them; pool: averages that the values are of, while the gradient is at every pixel.
     """
 
@@ -228,24 +229,32 @@ class _Front:
     gradient: Tensor
     known: Tensor
     trust: Tensor
+    bounded: Tensor  # bool: values that are upper bounds of the true ones (a ReLU's inactive outputs)
     pool: Pool | None = None
+
+    @classmethod
+    def at(cls, values: Tensor, gradient: Tensor) -> "_Front":
+        """With every value known."""
+        known = torch.ones_like(values, dtype=torch.bool)
+        return cls(values, gradient, known, torch.ones_like(values), ~known)
 
 
 def invert(
-    chain: Chain, observed: Observed, samples: Samples, *, attack: RConv, progress: Progress = silent
+    chain: Chain,
+    observed: Observed,
+    samples: Samples,
+    *,
+    attack: RConv,
+    generator: torch.Generator,
+    progress: Progress = silent,
 ) -> Inversion:
     """Run a chain backwards from the inputs of its dense layer. Raises NotApplicable, naming the layer, where it must stop.
 
-    attack: constraints, condition and deficient are its hyper-parameters'.
+    attack: constraints, condition and deficient are its hyper-parameters'. generator: objectives of linear programs, where
+    inequalities have to help.
     """
     diagnostics = {"dense.residual": samples.residual, "dense.exact": float(samples.exact)}
-    values = samples.inputs
-    front = _Front(
-        values,
-        samples.gradients @ chain.dense.weight,
-        torch.ones_like(values, dtype=torch.bool),
-        torch.ones_like(values),
-    )
+    front = _Front.at(samples.inputs, samples.gradients @ chain.dense.weight)
     accuracy = observed.of_layer(chain.dense.name)[2]
     layers, done = len(chain.convolutions) + 1, 1
     progress(done, layers, samples.residual)
@@ -260,16 +269,11 @@ def invert(
             case Pool():
                 front.gradient, front.pool = step.adjoint(front.gradient), step
             case Convolve():
-                first = not any(isinstance(below, Convolve) for below in chain.steps[:number])
+                below = chain.steps[:number]
                 accuracy = max(accuracy, observed.of_layer(step.name)[2])
-                solved, said = _solve(front, step, observed, accuracy, attack, first)
+                solved, said = _solve(front, step, below, observed, accuracy, attack, generator)
                 diagnostics |= said
-                front = _Front(
-                    solved.inputs,
-                    input_gradient(step.shape, step.weight, front.gradient),
-                    torch.ones_like(solved.inputs, dtype=torch.bool),
-                    torch.ones_like(solved.inputs),
-                )
+                front = _Front.at(solved.inputs, input_gradient(step.shape, step.weight, front.gradient))
                 done += 1
                 progress(done, layers, solved.residual)
     return Inversion(front.values.reshape(-1, *chain.image_shape), diagnostics)
@@ -279,6 +283,7 @@ def _reshape(front: _Front, step: Reshape) -> None:
     shape = (len(front.values), *step.before)
     front.values, front.gradient = front.values.reshape(shape), front.gradient.reshape(shape)
     front.known, front.trust = front.known.reshape(shape), front.trust.reshape(shape)
+    front.bounded = front.bounded.reshape(shape)
 
 
 def _unscale(front: _Front, step: Affine) -> None:
@@ -288,7 +293,7 @@ def _unscale(front: _Front, step: Affine) -> None:
             raise NotApplicable(f"layer {step.name!r} scales pixels differently before they are averaged")
         slope, offset = slope[:, :1, :1], offset[:, :1, :1]
     front.values, front.gradient = (front.values - offset) / slope, front.gradient * step.slope
-    front.trust = front.trust * slope.abs()
+    front.trust, front.bounded = front.trust * slope.abs(), front.bounded & (slope > 0)
 
 
 @dataclass(frozen=True)
@@ -341,6 +346,7 @@ def _deactivate(front: _Front, step: Activate, accuracy: float, total: _Total | 
     else:
         flipped = torch.zeros_like(slope, dtype=torch.bool)
     front.known = activation.determined(outputs) & ~flipped
+    front.bounded = ~front.known & ~flipped if activation.flat else torch.zeros_like(flipped)
     front.values = torch.where(front.known, activation.inverse(outputs), 0.0)
     front.gradient, front.trust = front.gradient * slope, front.trust * slope.abs()
 
@@ -411,13 +417,22 @@ def pooled(shape: Convolution, weight: Tensor, pool: Pool) -> tuple[Convolution,
 
 
 def _solve(
-    front: _Front, step: Convolve, observed: Observed, accuracy: float, attack: RConv, first: bool
+    front: _Front,
+    step: Convolve,
+    below: tuple[Step, ...],
+    observed: Observed,
+    accuracy: float,
+    attack: RConv,
+    generator: torch.Generator,
 ) -> tuple[Solved, dict[str, float]]:
     """The input of one convolution, of all samples together, and what is to be said about it."""
     weight, bias, _ = observed.of_layer(step.name)
     gradient = GradientConstraints(step.shape, front.gradient, weight, accuracy)
     weights = _weight_constraints(front, step)
     solved = _choose(gradient, weights, accuracy, attack)
+    if attack.constraints == "auto" and not solved.spectrum.full:
+        solved = pinch(solved, *_range(below, solved.inputs), _inequalities(front, step), generator)
+    first = not any(isinstance(other, Convolve) for other in below)
     shape, batch = step.shape, gradient.batch
     alive = int((front.gradient != 0).any(3).any(2).any(0).sum())
     needed, spectrum = shape.filters_for_gradients(batch), solved.spectrum
@@ -430,6 +445,7 @@ def _solve(
         "sigma_min": spectrum.sigma_min,
         "condition": spectrum.condition,
         "hybrid": float(solved.kind != "gradient"),
+        "inequalities": float(solved.kind == "inequalities"),
         "active_filters": float(alive),
         "residual": solved.residual,
         "gradient_residual": gradient.residual(solved.inputs),
@@ -441,6 +457,32 @@ def _solve(
     if not spectrum.full and not (attack.deficient == "everywhere" or (attack.deficient == "image" and first)):
         raise NotApplicable(_too_few(step, solved, said, needed))
     return solved, {f"{step.name}.{key}": value for key, value in said.items()}
+
+
+def _range(below: tuple[Step, ...], inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """What a convolution's input must lie between, by what made it: an activation, or an affine map of the image."""
+    infinite = torch.full_like(inputs, math.inf)
+    maps: list[Affine] = []
+    for step in reversed(below):
+        match step:
+            case Activate() if not maps:
+                return torch.full_like(inputs, step.activation.low), torch.full_like(inputs, step.activation.high)
+            case Affine() if step.slope.shape == inputs.shape[1:]:
+                maps.append(step)
+            case Reshape() if step.before == step.after:
+                pass
+            case _:
+                return -infinite, infinite
+    black, white = torch.zeros_like(inputs), torch.ones_like(inputs)
+    for affine in reversed(maps):
+        black, white = affine.slope * black + affine.offset, affine.slope * white + affine.offset
+    return torch.minimum(black, white), torch.maximum(black, white)
+
+
+def _inequalities(front: _Front, step: Convolve) -> WeightConstraints:
+    """W ∗ x ≤ bound at a ReLU's inactive outputs."""
+    constraints = _weight_constraints(front, step)
+    return replace(constraints, trust=front.bounded.to(constraints.target))
 
 
 def _choose(gradient: GradientConstraints, weights: WeightConstraints, accuracy: float, attack: RConv) -> Solved:

@@ -32,6 +32,9 @@ SINGULAR = 1024
 DENSE = 4352
 """Unknowns up to which a system is solved densely (by QR beyond SINGULAR)."""
 
+PINCHED = 512
+"""Open directions up to which inequalities are tried."""
+
 ENTRIES = 1 << 27
 """How many numbers a dense system may hold (1 GB in float64)."""
 
@@ -672,23 +675,24 @@ def _responses(split: Split, weights: WeightConstraints) -> Tensor:
 
 
 def pinch(
-    solved: Solved, low: float, high: float, below: WeightConstraints | None, generator: torch.Generator
+    solved: Solved, low: Tensor, high: Tensor, below: WeightConstraints | None, generator: torch.Generator
 ) -> Solved:
-    """Fix what a system leaves open by low ≤ inputs ≤ high and, where `below.trust` is positive, W ∗ x ≤ below.target.
+    """Fix what a system leaves open by low ≤ inputs ≤ high (like inputs) and, where `below.trust` > 0, W ∗ x ≤ below.target.
 
     Linear programs in the open directions, with random objectives and their opposites: where all have one solution it is the
     only one that fits, and is returned with full rank, polished on the inequalities that bind. Else `solved` itself.
     """
-    if solved.free is None or solved.spectrum.full:
+    if solved.free is None or solved.spectrum.full or len(solved.free) > PINCHED:
         return solved
     from scipy.optimize import linprog
 
     free = solved.free
     rows, limits = [], []
     for bound, sign in ((low, -1.0), (high, 1.0)):
-        if math.isfinite(bound):
-            rows.append(sign * free.flatten(1).mT)
-            limits.append(sign * (bound - solved.inputs.flatten()))
+        bounded = bound.isfinite()
+        if bool(bounded.any()):
+            rows.append(sign * free[:, bounded].mT)
+            limits.append(sign * (bound - solved.inputs)[bounded])
     if below is not None and below.count:
         known = below.trust > 0
         rows.append(torch.stack([output(below.shape, below.weight, part)[known] for part in free], 1))
