@@ -3,14 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DCLINT := $(VENV)/node/node_modules/.bin/dclint
 
-.PHONY: help install demo test test-slow lint format benchmark clean
+.PHONY: help install demo test test-slow lint lint-compose format benchmark clean
 
 help:
 	@echo "make demo       train, attack, report: runs/demo/report.html"
 	@echo "make test       the tests (under 15 minutes on 2 cores)"
 	@echo "make test-slow  the long ones: whole Flower engines, 50 clients"
-	@echo "make lint       ruff, mypy --strict, import contracts"
+	@echo "make lint       ruff, mypy --strict, import contracts, Dockerfile and compose files"
 	@echo "make benchmark  seconds and PSNR beside the figures of the field's tools"
 	@echo "make clean      remove .venv and caches (runs/ is yours)"
 
@@ -35,6 +36,17 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint docker/Dockerfile
+	$(MAKE) --no-print-directory lint-compose
+
+# dclint checks compose files against the schema; it comes from npm, and without npm the tests still read every file.
+lint-compose: $(STAMP)
+	@if command -v npm > /dev/null; then \
+		test -x $(DCLINT) || npm install --silent --no-fund --no-audit --prefix $(VENV)/node dclint@3.1.0; \
+		site=$$(mktemp -d) && $(BIN)/python -m experiments.compose --clients 3 $$site \
+		&& $(DCLINT) --quiet docker/compose.yml docker/compose.gpu.yml $$site/clients.yml; \
+		code=$$?; rm -rf "$$site"; exit $$code; \
+	else echo "no npm here: compose files are not checked against the schema"; fi
 
 format: $(STAMP)
 	$(BIN)/ruff format .
