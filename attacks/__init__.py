@@ -9,6 +9,7 @@ ATTACKS: dict[str, str] = {
     "generative": "attacks.gidm:Generative",
     "dlg-dm": "attacks.gidm_baselines:DLGdm",
     "invg-dm": "attacks.gidm_baselines:InvGdm",
+    "gg-cdm": "attacks.gg_cdm:GGCDM",
     "second-order": "attacks.second_order:SecondOrder",
     "r-conv": "attacks.r_conv:RConv",
     "r-gap": "attacks.r_gap:RGAP",

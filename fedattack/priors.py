@@ -228,16 +228,31 @@ def ddim_step(
     prior: Prior, x: Tensor, now: int, then: int, eta: float = 0.0, noise: Tensor | None = None, clip: bool = False
 ) -> Tensor:
     """x at timestep `then` from x at timestep `now` > `then` (−1: the image itself). DDIM, Eq. 12 and 16."""
-    table = prior.task.alphas_cumprod
-    a, b = float(table[now]), float(table[then]) if then >= 0 else 1.0
-    output = prior.predict(x, torch.full((len(x),), now, device=x.device))
-    if prior.task.prediction_type == "epsilon":
-        clean, drift = (x - (1 - a) ** 0.5 * output) / a**0.5, output
-    else:
-        clean, drift = a**0.5 * x - (1 - a) ** 0.5 * output, a**0.5 * output + (1 - a) ** 0.5 * x
+    a, b = signal_shares(prior.task, now, then)
+    clean, drift = denoise(prior, x, now)
     if clip:
         clean = clean.clamp(-1.0, 1.0)
-    sigma = eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
+    sigma = step_noise(a, b, eta)
     moved = b**0.5 * clean + max(1 - b - sigma**2, 0.0) ** 0.5 * drift
     following: Tensor = moved if noise is None or sigma == 0 else moved + sigma * noise
     return following
+
+
+def denoise(prior: Prior, x: Tensor, now: int) -> tuple[Tensor, Tensor]:
+    """The model's estimates of the clean images and of the noise in x (B,C,H,W) at timestep `now`."""
+    a = float(prior.task.alphas_cumprod[now])
+    output = prior.predict(x, torch.full((len(x),), now, device=x.device))
+    if prior.task.prediction_type == "epsilon":
+        return (x - (1 - a) ** 0.5 * output) / a**0.5, output
+    return a**0.5 * x - (1 - a) ** 0.5 * output, a**0.5 * output + (1 - a) ** 0.5 * x
+
+
+def signal_shares(task: Diffusion, now: int, then: int) -> tuple[float, float]:
+    """ᾱ at timesteps `now` and `then` (−1: the image itself, 1)."""
+    table = task.alphas_cumprod
+    return float(table[now]), float(table[then]) if then >= 0 else 1.0
+
+
+def step_noise(a: float, b: float, eta: float) -> float:
+    """Standard deviation of what a step from ᾱ = a to ᾱ = b adds: DDIM, Eq. 16."""
+    return float(eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5)

@@ -1,16 +1,23 @@
 """Victims that the contract and the blindfold try every registered attack on, and settings that keep it cheap."""
 
+import atexit
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
 from conftest import update_from
 from torch import Tensor
 
+from fedattack.checkpoints import save_weights
 from fedattack.models import build_model
 from fedattack.registry import ATTACKS, parameters_of
-from fedattack.tasks import Task, build_task
+from fedattack.seeding import derive_generator
+from fedattack.tasks import Diffusion, Task, build_task
 from fedattack.types import Attack, Knowledge, Update
 
 CLASSES = 4
@@ -79,6 +86,32 @@ def cheap(name: str, most: int = 2, restarts: int = 2, **wanted: Any) -> Attack:
     return attack
 
 
+@cache
+def _prior_of(shape: tuple[int, int, int], trained_on: bytes) -> str:
+    halved = shape[1] % 2 == 0 and shape[2] % 2 == 0
+    options = {**UNET, "block_out_channels": (8, 16) if halved else (8,)}
+    model = build_model("unet", image_shape=shape, num_classes=None, seed=0, **options)
+    task = Diffusion(num_train_timesteps=100, beta_end=0.2, prediction_type="v_prediction")
+    optimizer, generator = torch.optim.Adam(model.parameters(), 3e-3), derive_generator(0, "prior")
+    images = torch.frombuffer(bytearray(trained_on or bytes(4)), dtype=torch.float32)
+    for _ in range(150 if trained_on else 0):
+        images = images.reshape(-1, *shape)
+        some = images[torch.randint(len(images), (16,), generator=generator)]
+        optimizer.zero_grad()
+        task.loss(model, task.draw(some, torch.zeros(16), generator=generator)).backward()
+        optimizer.step()
+    folder = Path(mkdtemp(prefix="fedattack-prior-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    save_weights(folder, model, task, dict(model.state_dict()))
+    return str(folder)
+
+
+def prior_of(shape: tuple[int, int, int], public: Tensor | None = None) -> str:
+    """A folder with a small DDPM for images of this shape: random weights, or trained for seconds on public images."""
+    trained_on = b"" if public is None else public.float().contiguous().numpy().tobytes()
+    return _prior_of(tuple(shape), trained_on)
+
+
 def facts(case: Case, attack: Attack, public: Tensor | None = None, **more: Any) -> Knowledge:
     """What a training server knows, and of the other fields those that the attack cannot start without."""
     steps_draws = case.batch
@@ -87,8 +120,9 @@ def facts(case: Case, attack: Attack, public: Tensor | None = None, **more: Any)
         "timesteps": torch.arange(steps_draws) % 5,
         "noise": torch.zeros(steps_draws, *case.shape),
         "defense": "none",
-        "prior": "none",
     }
+    if "prior" in attack.needs:
+        everything["prior"] = prior_of(case.shape)
     knowledge = Knowledge(
         image_shape=case.shape,
         batch_size=case.batch,

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from attack_cases import UNET, Case, cheap, facts
+from attack_cases import UNET, Case, cheap, facts, prior_of
 from torch import Tensor
 
 from attacks import ATTACKS as BUILT_IN
@@ -112,6 +112,8 @@ def climb(name: str, rung: Rung, image: Tensor, public: Tensor) -> Reconstructio
         drawn = task.draw(image[None].to(case.dtype), label, generator=derive_generator(5, "client"))
         oracles = {oracle: drawn[oracle] for oracle in rung.oracles}
     knowledge = facts(case, attack, public, **oracles)
+    if "prior" in attack.needs:
+        knowledge = dataclasses.replace(knowledge, prior=prior_of(case.shape, public))
     if "labels" in attack.needs:
         knowledge = dataclasses.replace(knowledge, labels=label)
     generator = derive_generator(0, "blindfold")

@@ -1,0 +1,347 @@
+"""GG-CDM: the reverse chain of a diffusion prior, led by how far the gradient of its clean estimate is from the noisy one.
+
+Source: Meng, Huang, Chen, Hou, Zheng, "Enhanced Privacy Leakage from Noise-Perturbed Gradients via Gradient-Guided Conditional
+Diffusion Models", arXiv 2511.10423 (guidance = "spherical", the step of DSG: Yang et al., ICML 2024, arXiv 2402.03201, as its
+code has it), and Huang, Meng, Chen, Zheng, Yang, Yi, Wang, arXiv 2411.03053 (guidance = "dps", the step of DPS: Chung et al.,
+ICLR 2023, arXiv 2209.14687, Algorithm 1).
+Differs from it: neither paper's step could be read in its own words; both are those of the methods that they name. The label
+is inferred where it is hidden (the published operator has class 0). Several chains run together and the one whose images match
+the update best is kept. Samplers are DDIM with η ≥ 0 (η = 1 with all steps is DDPM with the posterior's variance), and the
+noise estimate is taken again from the clipped image, as guided-diffusion does. Distances are relative to that of a zero update,
+so that one step_size serves every model. The prior runs in float32.
+guidance = "posterior" is our own: no step along the distance's gradient; instead the clean estimate x̂0 of each step is replaced
+by the mean of p(x0 | x_t, y) for p(x0 | x_t) = N(x̂0, r_t²·I) and the update's likelihood, linearised (attacks/posterior.py).
+Relatives are ΠGDM (Song et al., ICLR 2023) and DiffPIR (Zhu et al., CVPRW 2023); here r_t² is no schedule but Tweedie's
+variance, the trace of ∂x̂0/∂x_t. The mean of all chains is the result: it errs less than a single sample of the posterior.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from attacks.labels import infer_labels
+from attacks.matching import DISTANCES, Match, Problem, objective, pose, reconstruction, silence_cost
+from attacks.noise import noise_level
+from attacks.posterior import Equations, Likelihood, linearise
+from attacks.starting import first_guess, random_start
+from fedattack.errors import FedattackError, NotApplicable, must, one_of
+from fedattack.priors import Prior, denoise, load_prior, sampling_timesteps, signal_shares, step_noise
+from fedattack.tasks import Task
+from fedattack.types import Knowledge, Progress, Reconstruction, Update, silent
+
+GUIDANCES = ("spherical", "dps", "posterior", "none")
+MIXINGS = ("constant", "linear")
+NOISE = "noise"
+
+SMALLEST = 1e-8
+"""Added to norms that are divided by, as in DSG's code."""
+
+SPREAD = (1e-6, 1.0)
+"""Between these r_t² must lie; images in [−1, 1] have a variance below 1."""
+
+
+@dataclass(frozen=True)
+class GGCDM:
+    """Classifiers: a diffusion prior's images whose gradient is the update's; guidance spherical, dps, posterior or none.
+
+    sampling_steps: of the chain, at most the prior's own number; eta: 1 DDPM, below it DDIM with less noise (0 leaves the
+    spherical guidance no room). mixing: m_r of the spherical guidance, how much of each step's noise is turned against
+    the gradient; mixing_schedule: "constant", or "linear" down to 0 at the end. step_size: ζ of DPS, whose step is
+    ζ/distance times the gradient of the squared distance. distance: "l2", "cosine" or "relative-l2". clip: x̂0 is cut to
+    [−1, 1]. restarts: chains in one batch. start_from: "noise", or an attack such as "second-order", whose images are noised to
+    the share `start_at` of the timesteps (SDEdit). guidance "none" is the prior alone, whose first chain is the result.
+
+    For guidance "posterior": sigma: standard deviation of the noise on every entry of the (pseudo-)gradient; None: what
+    the known defense says, else read off the residuals. linearisations: along the chain, `iterations` trial steps at the
+    first and a quarter of them at each later one. dense_limit: pixels beyond which conjugate gradients of up to inner_steps
+    iterations replace the Jacobian. average: the mean of the chains is the result, not the one with the least distance.
+    """
+
+    name: ClassVar[str] = "gg-cdm"
+    needs: ClassVar[frozenset[str]] = frozenset({"image_shape", "batch_size", "num_classes", "prior"})
+    tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
+
+    guidance: str = "spherical"
+    distance: str = "l2"
+    sampling_steps: int = 1000
+    eta: float = 1.0
+    mixing: float = 0.2
+    mixing_schedule: str = "constant"
+    step_size: float = 1.0
+    clip: bool = True
+    restarts: int = 1
+    start_from: str = NOISE
+    start_at: float = 0.3
+    sigma: float | None = None
+    linearisations: int = 8
+    iterations: int = 40
+    inner_steps: int = 100
+    dense_limit: int = 4096
+    average: bool = True
+    precision: str | None = None
+
+    def __post_init__(self) -> None:
+        named = (
+            ("guidance", GUIDANCES, self.guidance),
+            ("distance", DISTANCES, self.distance),
+            ("mixing_schedule", MIXINGS, self.mixing_schedule),
+        )
+        for what, table, got in named:
+            if got not in table:
+                raise FedattackError(one_of(what, table, got))
+        if self.start_from != NOISE:
+            random_start(self.start_from)
+        for name in ("sampling_steps", "restarts", "linearisations", "iterations", "inner_steps"):
+            if getattr(self, name) < 1:
+                raise FedattackError(must(name, "a whole number of at least 1", getattr(self, name)))
+        for name in ("eta", "mixing", "start_at"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise FedattackError(must(name, "in [0, 1]", getattr(self, name)))
+        for name in ("step_size", "sigma"):
+            if (value := getattr(self, name)) is not None and not value >= 0:
+                raise FedattackError(must(name, "zero or positive", value))
+        if self.guidance == "spherical" and self.eta == 0:
+            raise FedattackError(must("eta of the spherical guidance", "above 0, or the guidance vanishes", self.eta))
+        if self.guidance == "posterior" and self.distance != "l2":
+            raise FedattackError(
+                must("distance of the posterior guidance", "'l2', that of Gaussian noise", self.distance)
+            )
+
+    def reconstruct(
+        self,
+        update: Update,
+        model: nn.Module,
+        task: Task,
+        knowledge: Knowledge,
+        *,
+        generator: torch.Generator,
+        progress: Progress = silent,
+    ) -> Reconstruction:
+        begun = perf_counter()
+        prior = fitting_prior(knowledge)
+        first = None
+        if self.start_from != NOISE:
+            first, knowledge = first_guess(self.start_from, update, model, task, knowledge, generator)
+        if knowledge.labels is None:
+            knowledge = replace(knowledge, labels=infer_labels(update, model, knowledge, generator=generator))
+        precision = "float64" if self.precision is None and self.guidance == "posterior" else self.precision
+        scale_free = self.distance == "cosine"
+        problem = pose(update, model, task, knowledge, precision=precision, scale_free=scale_free)
+        chain = Chain(self, problem, prior, generator, progress, first)
+        if self.guidance == "posterior":
+            sent = next((t.dtype for t in update.received.values() if t.is_floating_point()), torch.float32)
+            known = None if knowledge.defense is None else noise_level(update, knowledge)
+            sigma = known if self.sigma is None else self.sigma
+            images, diagnostics = by_posterior(chain, Equations.of_problem(problem, sent), sigma)
+        else:
+            images, diagnostics = by_gradient(chain)
+        final = chain.distances(images)
+        best = 0 if self.guidance == "none" else int(final.nan_to_num(math.inf).argmin())
+        history = torch.stack([*chain.history, final if len(final) == self.restarts else final.expand(self.restarts)])
+        match = Match(
+            guess={"images": images[best]},
+            losses=tuple(history[:, min(best, self.restarts - 1)].tolist()),
+            steps=len(chain.history),
+            restart_losses=tuple(final.tolist()),
+        )
+        found = reconstruction(problem, match, perf_counter() - begun)
+        found.diagnostics.update(diagnostics, silence=chain.silence, restarts=float(self.restarts))
+        return found
+
+
+def fitting_prior(knowledge: Knowledge) -> Prior:
+    """The known prior, in float32. Raises FedattackError, naming both sides, where its images are not the victim's."""
+    assert knowledge.prior is not None
+    prior, shape = load_prior(knowledge.prior), knowledge.image_shape
+    if prior.image_shape != shape:
+        raise FedattackError(must(f"images of prior {prior.source!r}", f"of shape {shape}", prior.image_shape))
+    return prior
+
+
+# ------------------------------------------------------------------------------------------------ the chain
+class Chain:
+    """R reverse chains in one batch: what a step needs, whatever leads it. Images are (R,B,C,H,W), in [−1, 1] inside."""
+
+    def __init__(
+        self,
+        attack: GGCDM,
+        problem: Problem,
+        prior: Prior,
+        generator: torch.Generator,
+        progress: Progress,
+        first: Tensor | None,
+    ) -> None:
+        self.attack, self.problem, self._generator, self._progress = attack, problem, generator, progress
+        self.shape = (attack.restarts, *problem.unknown["images"].shape)
+        self.device = next(iter(problem.observed.values())).device
+        self.prior = prior.to(torch.float32, self.device)
+        distance = DISTANCES[attack.distance]
+        self.silence = silence_cost(problem, distance)
+        self._losses_of = objective(problem, distance)
+        self.times = self._times(first is not None)
+        self.history: list[Tensor] = []
+        self.start = self.noise()
+        if first is not None:
+            a = signal_shares(prior.task, self.times[0], -1)[0]
+            self.start = a**0.5 * (2.0 * first.to(self.start) - 1.0) + (1 - a) ** 0.5 * self.start
+
+    def _times(self, late: bool) -> list[int]:
+        task = self.prior.task
+        times = sampling_timesteps(task, min(self.attack.sampling_steps, task.num_train_timesteps))
+        latest = self.attack.start_at * (task.num_train_timesteps - 1)
+        return [t for t in times if t <= latest] or times[-1:] if late else times
+
+    def steps(self) -> Iterator[tuple[int, int, int]]:
+        """(number, timestep, the next one or −1)."""
+        yield from zip(range(len(self.times)), self.times, [*self.times[1:], -1], strict=True)
+
+    def noise(self) -> Tensor:
+        """N(0, 1), drawn on the CPU."""
+        return torch.randn(self.shape, generator=self._generator).to(self.device)
+
+    def clean(self, x: Tensor, now: int) -> Tensor:
+        """x̂0, clipped where the attack clips."""
+        found = denoise(self.prior, x.flatten(0, 1), now)[0].reshape(x.shape)
+        return found.clamp(-1.0, 1.0) if self.attack.clip else found
+
+    def distances(self, images: Tensor) -> Tensor:
+        """(R,) of images (R,…) in [0, 1], relative to a zero update's; L2 as a norm, the cosine as it is."""
+        losses: Tensor = self._losses_of({"images": images.clamp(0, 1)})
+        return losses.detach() / self.silence if self.attack.distance == "cosine" else self._norms(losses.detach())
+
+    def led(self, clean: Tensor) -> Tensor:
+        """`distances` of images in [−1, 1], differentiable."""
+        losses: Tensor = self._losses_of({"images": 0.5 + 0.5 * clean.to(self.problem.dtype)})
+        return losses / self.silence if self.attack.distance == "cosine" else self._norms(losses)
+
+    def _norms(self, losses: Tensor) -> Tensor:
+        return (losses / self.silence + torch.finfo(losses.dtype).tiny).sqrt()
+
+    def told(self, number: int, losses: Tensor) -> None:
+        self.history.append(losses.detach())
+        self._progress(number + 1, len(self.times), float(self.history[-1].min()))
+
+    def moved(self, x: Tensor, clean: Tensor, now: int, then: int) -> tuple[Tensor, float]:
+        """The mean of the next x and the standard deviation of its noise: DDIM, Eq. 12 and 16, ε from the clean images."""
+        a, b = signal_shares(self.prior.task, now, then)
+        sigma = step_noise(a, b, self.attack.eta)
+        epsilon = (x - a**0.5 * clean) / (1 - a) ** 0.5
+        mean: Tensor = b**0.5 * clean + max(1 - b - sigma**2, 0.0) ** 0.5 * epsilon
+        return mean, sigma
+
+
+# ------------------------------------------------------------------------------------------------ published guidance
+def by_gradient(chain: Chain) -> tuple[Tensor, dict[str, float]]:
+    """Images (R,B,C,H,W) in [0, 1] of chains led by the gradient of the distance, or by nothing."""
+    attack, x = chain.attack, chain.start
+    if not chain.silence > 0:
+        raise NotApplicable("the update is zero: there is nothing to be led by")
+    for number, now, then in chain.steps():
+        x = x.detach().requires_grad_(attack.guidance != "none")
+        with torch.set_grad_enabled(attack.guidance != "none"):
+            clean = chain.clean(x, now)
+            distance = chain.led(clean)
+        mean, sigma = chain.moved(x.detach(), clean.detach(), now, then)
+        if attack.guidance == "none":
+            x = mean + sigma * chain.noise()
+        else:
+            slope = torch.autograd.grad(distance.sum(), x)[0]
+            if attack.guidance == "dps":  # ζ/‖r‖ · ∇‖r‖² = 2ζ·∇‖r‖
+                x = mean + sigma * chain.noise() - 2.0 * attack.step_size * slope
+            else:
+                left = 1.0 - number / len(chain.times)
+                share = attack.mixing * (left if attack.mixing_schedule == "linear" else 1.0)
+                x = mean + on_the_sphere(sigma * chain.noise(), slope, sigma, share)
+        chain.told(number, distance)
+    return (0.5 + 0.5 * x.detach().to(chain.problem.dtype)).clamp(0.0, 1.0), {}
+
+
+def on_the_sphere(sample: Tensor, slope: Tensor, sigma: float, share: float) -> Tensor:
+    """DSG's step: the sampled noise turned by `share` against the slope, both of length σ√n; image by image (…,C,H,W)."""
+    radius: float = sigma * math.prod(sample.shape[-3:]) ** 0.5
+    best = -radius * slope / (_norm(slope) + torch.finfo(slope.dtype).tiny)
+    mixed = sample + share * (best - sample)
+    turned: Tensor = radius * mixed / (_norm(mixed) + SMALLEST)
+    return turned
+
+
+def _norm(images: Tensor) -> Tensor:
+    found: Tensor = images.flatten(-3).norm(dim=-1)[..., None, None, None]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ the posterior's mean
+def by_posterior(chain: Chain, equations: Equations, sigma: float | None) -> tuple[Tensor, dict[str, float]]:
+    """Images in [0, 1], (1,B,C,H,W) where chains are averaged, else (R,…), and what is known about their noise."""
+    attack, dtype = chain.attack, chain.problem.dtype
+    total = len(chain.times)
+    due = {round(i * (total - 1) / max(attack.linearisations - 1, 1)) for i in range(attack.linearisations)}
+    x, likelihood, trials = chain.start, None, 0
+    means = torch.zeros(0)
+    for number, now, then in chain.steps():
+        clean, r2 = tweedie(chain, x, now)
+        anchors = clean.to(dtype).flatten(1)
+        if number in due or likelihood is None:
+            likelihood = _renewed(attack, equations, likelihood, anchors.mean(0), means, r2, sigma)
+            trials += likelihood.trials
+        means = likelihood.mean(anchors, r2)
+        clean = means.reshape(x.shape).to(x.dtype)
+        clean = clean.clamp(-1.0, 1.0) if attack.clip else clean
+        mean, spread = chain.moved(x, clean, now, then)
+        x = mean + spread * chain.noise()
+        chain.told(number, chain.distances(0.5 + 0.5 * clean.to(dtype)))
+    assert likelihood is not None
+    ends = means.mean(0, keepdim=True) if attack.average else means
+    images = (0.5 + 0.5 * ends.reshape(len(ends), *chain.shape[1:])).clamp(0.0, 1.0)
+    spread_of_chains = float(means.std(0).square().mean().sqrt()) / 2 if len(means) > 1 else math.nan
+    count = len(equations.observed)
+    return images, {
+        "noise_std": likelihood.sigma,
+        "chi_square": likelihood.misfit / (likelihood.sigma**2 * count),
+        "chain_spread_rms": spread_of_chains,
+        "trials": float(trials),
+    }
+
+
+def _renewed(
+    attack: GGCDM,
+    equations: Equations,
+    before: Likelihood | None,
+    anchor: Tensor,
+    means: Tensor,
+    r2: float,
+    sigma: float | None,
+) -> Likelihood:
+    return linearise(
+        equations,
+        anchor if before is None else means.mean(0),
+        anchor,
+        r2,
+        sigma=sigma,
+        assumed=None if before is None else before.sigma,
+        iterations=attack.iterations if before is None else max(1, attack.iterations // 4),
+        inner=attack.inner_steps,
+        dense_limit=attack.dense_limit,
+    )
+
+
+def tweedie(chain: Chain, x: Tensor, now: int) -> tuple[Tensor, float]:
+    """x̂0 and the mean variance r² of a pixel around it, by one random probe of the Jacobian's trace.
+
+    Cov(x0 | x_t) = (1 − ᾱ)/√ᾱ · ∂x̂0/∂x_t (Efron 2011; Meng, Song, Li, Ermon, NeurIPS 2021).
+    """
+    a = signal_shares(chain.prior.task, now, -1)[0]
+    probe = chain.noise().sign()
+    with torch.enable_grad():
+        at = x.detach().requires_grad_()
+        clean = denoise(chain.prior, at.flatten(0, 1), now)[0].reshape(x.shape)
+        pulled = torch.autograd.grad((probe * clean).sum(), at)[0]
+    r2 = (1 - a) / a**0.5 * float((probe * pulled).mean())
+    clean = clean.detach().clamp(-1.0, 1.0) if chain.attack.clip else clean.detach()
+    low, high = SPREAD
+    return clean, min(max(r2, low), high, (1 - a) / a)

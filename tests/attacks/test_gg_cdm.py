@@ -1,0 +1,322 @@
+"""GG-CDM: steps against their formulas, chains against the sampler, the posterior's mean against Gaussians in closed form."""
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from attack_cases import Case, prior_of
+from conftest import update_from
+from torch import Tensor, nn
+
+from attacks.gg_cdm import GGCDM, Chain, by_posterior, on_the_sphere, tweedie
+from attacks.matching import pose
+from attacks.posterior import Equations, linearise
+from fedattack.errors import FedattackError, MissingKnowledge
+from fedattack.jobs import attack_update
+from fedattack.metrics import psnr_db
+from fedattack.models import build_model
+from fedattack.priors import Prior, draw_noises, load_prior, sample
+from fedattack.seeding import derive_generator
+from fedattack.tasks import Classification, Diffusion
+from fedattack.types import Knowledge, silent
+
+SHAPE = (3, 8, 8)
+MLP = Case("mlp", "mlp", {"hidden": (32,), "activation": "sigmoid"})
+
+
+def victim(image: Tensor, sigma: float = 0.0, dtype: torch.dtype = torch.float64):
+    """Model, update and what the server knows; sigma in units of the update's rms."""
+    model = MLP.build_model(1).to(dtype)
+    update = update_from(model, image[None], torch.tensor([2]), dtype=dtype)
+    if sigma:
+        rms = math.sqrt(sum(float(t.square().sum()) for t in update.received.values()) / count_of(update))
+        generator = derive_generator(0, "defense")
+        noisy = {n: t + sigma * rms * torch.randn(t.shape, generator=generator) for n, t in update.received.items()}
+        update = replace(update, received=noisy)
+    return model, update, Knowledge(image_shape=SHAPE, batch_size=1, num_classes=4, prior=prior_of(SHAPE))
+
+
+def count_of(update) -> int:
+    return sum(t.numel() for t in update.received.values())
+
+
+def attack(model, update, knowledge, seed: int = 0, progress=silent, **settings):
+    generator = derive_generator(seed, "attack")
+    return GGCDM(**settings).reconstruct(
+        update, model, Classification(), knowledge, generator=generator, progress=progress
+    )
+
+
+class Gaussian(nn.Module):
+    """The best ε-prediction where images are N(0, s²·I)."""
+
+    def __init__(self, task: Diffusion, variance: float) -> None:
+        super().__init__()
+        self.table, self.variance = task.alphas_cumprod, variance
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        a = self.table[timesteps].to(x.dtype).reshape(-1, 1, 1, 1)
+        return (1 - a).sqrt() / (a * self.variance + 1 - a) * x
+
+
+def gaussian_prior(variance: float = 0.09) -> Prior:
+    task = Diffusion(num_train_timesteps=400, beta_end=0.05)
+    return Prior(Gaussian(task, variance), task, SHAPE, "toy")
+
+
+@dataclass(frozen=True)
+class Linear(Equations):
+    """y = M·z + n."""
+
+    matrix: Tensor | None = None
+
+    def simulated(self, z: Tensor, transformable: bool = True) -> Tensor:
+        return self.matrix @ z
+
+
+def linear_equations(rows: int = 400, sigma: float = 0.5, seed: int = 0) -> tuple[Linear, Tensor]:
+    """Equations and the truth z: directions told a hundred times better than others, some not at all."""
+    n = math.prod(SHAPE)
+    generator = derive_generator(seed, "linear")
+    matrix = torch.randn(rows, n, generator=generator, dtype=torch.float64) * torch.logspace(-3, 0, n).double()
+    z = 0.3 * torch.randn(n, generator=generator, dtype=torch.float64)
+    observed = matrix @ z + sigma * torch.randn(rows, generator=generator, dtype=torch.float64)
+    return Linear(None, observed, 1e-12, matrix), z
+
+
+def chain_of(prior: Prior, image: Tensor, **settings) -> Chain:
+    model, update, knowledge = victim(image)
+    problem = pose(update, model, Classification(), replace(knowledge, labels=torch.tensor([2])), precision="float64")
+    return Chain(GGCDM(guidance="posterior", **settings), problem, prior, derive_generator(3, "chain"), silent, None)
+
+
+# ------------------------------------------------------------------------------------------------ the spherical step
+def test_the_spherical_step_is_that_of_dsg(random_images):
+    """d* = −r·g/‖g‖, d = d_s + m·(d* − d_s), r·d/‖d‖ with r = σ√n, written out for one image."""
+    sample_of, slope = random_images((3, 2, *SHAPE), 1) - 0.5, random_images((3, 2, *SHAPE), 2) - 0.5
+    sigma, share = 0.3, 0.2
+    found = on_the_sphere(sample_of, slope, sigma, share)
+    r = sigma * math.sqrt(3 * 8 * 8)
+    for i in range(3):
+        for j in range(2):
+            d_star = -r * slope[i, j] / slope[i, j].norm()
+            d = sample_of[i, j] + share * (d_star - sample_of[i, j])
+            torch.testing.assert_close(found[i, j], r * d / d.norm())
+    lengths = found.flatten(2).norm(dim=2)
+    torch.testing.assert_close(lengths, torch.full_like(lengths, r))
+
+
+def test_only_the_direction_of_the_slope_matters(random_images):
+    sample_of, slope = random_images((1, 1, *SHAPE), 1) - 0.5, random_images((1, 1, *SHAPE), 2) - 0.5
+    torch.testing.assert_close(
+        on_the_sphere(sample_of, slope, 0.3, 0.2), on_the_sphere(sample_of, 1e-6 * slope, 0.3, 0.2)
+    )
+    straight = on_the_sphere(sample_of, slope, 0.3, 1.0)
+    assert float(torch.cosine_similarity(straight.flatten(), -slope.flatten(), dim=0)) == pytest.approx(1.0)
+    torch.testing.assert_close(
+        on_the_sphere(sample_of, torch.zeros_like(slope), 0.3, 0.0),
+        0.3 * math.sqrt(192) * sample_of / sample_of.norm(),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ chains
+def test_without_guidance_the_chain_is_the_priors_own_sampler(random_images):
+    """prior.sample with the same noise, unclipped, for DDPM and for DDIM."""
+    model, update, knowledge = victim(random_images(SHAPE))
+    prior = load_prior(knowledge.prior)
+    for eta in (1.0, 0.4):
+        found = attack(model, update, knowledge, guidance="none", sampling_steps=6, eta=eta, clip=False, restarts=2)
+        generator = derive_generator(0, "attack")
+        latent = torch.randn((2, 1, *SHAPE), generator=generator)
+        noises = draw_noises(prior.task, latent, generator, steps=5, eta=eta)[:4]
+        more = [torch.randn(latent.shape, generator=generator) for _ in range(6 - len(noises))]
+        drawn = [noise.flatten(0, 1) for noise in [*noises, *more]]
+        with torch.no_grad():
+            images = sample(prior, latent.flatten(0, 1), steps=6, eta=eta, noises=[*drawn[:5], None])
+        torch.testing.assert_close(found.images, (0.5 + 0.5 * images[:1]).clamp(0, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_no_guidance_looks_at_no_update(random_images):
+    settings = {"guidance": "none", "sampling_steps": 4, "restarts": 3}
+    found = [attack(*victim(random_images(SHAPE, seed)), **settings).images for seed in (0, 1)]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("start", ["noise", "second-order(restarts=1)"])
+def test_no_step_is_no_guidance(random_images, start):
+    model, update, knowledge = victim(random_images(SHAPE))
+    settings = {"sampling_steps": 5, "start_from": start, "start_at": 0.6}
+    still = attack(model, update, knowledge, guidance="dps", step_size=0.0, **settings)
+    none = attack(model, update, knowledge, guidance="none", **settings)
+    torch.testing.assert_close(still.images, none.images)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"mixing_schedule": "linear", "mixing": 0.5},
+        {"distance": "cosine"},
+        {"eta": 0.5},
+        {"guidance": "dps", "step_size": 10.0},
+        {"guidance": "dps", "step_size": 10.0, "distance": "cosine", "eta": 0.0},
+        {"guidance": "posterior", "linearisations": 3},
+        {"guidance": "posterior", "linearisations": 3, "eta": 0.0, "dense_limit": 10},
+    ],
+    ids=lambda settings: " ".join(str(value) for value in settings.values()) or "default",
+)
+def test_guidance_comes_closer_to_the_update_than_none(patches, settings):
+    """In its own distance and in the picture, for every kind of guidance; the losses tell of every step and of the end."""
+    image = patches.private.images([3])[0].double()
+    case = victim(image)
+    common = {"sampling_steps": 25, "restarts": 2}
+    found = attack(*case, **common, **settings)
+    alone = attack(*case, **common, guidance="none", distance=settings.get("distance", "l2"))
+    assert found.losses[-1] < 0.8 * alone.losses[-1]
+    assert float(psnr_db(found.images, image[None])) > float(psnr_db(alone.images, image[None]))
+    assert len(found.losses) == 26
+    assert found.steps == 25
+    assert found.diagnostics["loss"] == found.losses[-1] <= found.diagnostics["worst_restart_loss"]
+
+
+def test_a_chain_starts_where_another_attack_ended(patches):
+    """From the exact image at 2 of 100 timesteps hardly anything changes; from noise everything does."""
+    image = patches.private.images([3])[0].double()
+    case = victim(image)
+    near = attack(*case, guidance="none", sampling_steps=100, start_from="second-order(restarts=1)", start_at=0.02)
+    far = attack(*case, guidance="none", sampling_steps=100)
+    assert near.steps < 4
+    assert float(psnr_db(near.images, image[None])) > float(psnr_db(far.images, image[None])) + 8.0
+
+
+def test_a_hidden_label_is_inferred(random_images):
+    model, update, knowledge = victim(random_images(SHAPE))
+    settings = {"sampling_steps": 3}
+    hidden = attack(model, update, knowledge, **settings)
+    given = attack(model, update, replace(knowledge, labels=torch.tensor([2])), **settings)
+    assert hidden.labels.tolist() == [2]
+    assert torch.equal(hidden.images, given.images)
+
+
+def test_what_cannot_work_is_refused(random_images):
+    with pytest.raises(FedattackError, match=r"eta of the spherical guidance must be above 0, .*, got 0"):
+        GGCDM(eta=0.0)
+    with pytest.raises(FedattackError, match="did you mean 'spherical'"):
+        GGCDM(guidance="sphere")
+    with pytest.raises(FedattackError, match="distance of the posterior guidance"):
+        GGCDM(guidance="posterior", distance="cosine")
+    with pytest.raises(FedattackError, match="start must be one of"):
+        GGCDM(start_from="nowhere")
+    with pytest.raises(FedattackError, match=r"start_at must be in \[0, 1\], got 3"):
+        GGCDM(start_at=3)
+    model, update, knowledge = victim(random_images(SHAPE))
+    for shape in ((1, 8, 8), (3, 4, 4)):
+        wrong = replace(knowledge, prior=prior_of(shape))
+        with pytest.raises(FedattackError, match=r"images of prior .* must be of shape \(3, 8, 8\)"):
+            attack(model, update, wrong, sampling_steps=2)
+    with pytest.raises(MissingKnowledge, match="gg-cdm needs prior"):
+        attack_update(
+            GGCDM(), update, MLP.context, replace(knowledge, prior=None), generator=derive_generator(0, "attack")
+        )
+
+
+# ------------------------------------------------------------------------------------------------ the posterior's mean
+@pytest.mark.parametrize("dense_limit", [1000, 0])
+def test_the_mean_is_that_of_a_product_of_gaussians(dense_limit):
+    sigma, r2 = 0.5, 0.04
+    equations, _ = linear_equations(sigma=sigma)
+    anchors = torch.randn(2, math.prod(SHAPE), generator=derive_generator(1, "anchors"), dtype=torch.float64)
+    settings = {"assumed": None, "iterations": 3, "inner": 800, "dense_limit": dense_limit}
+    likelihood = linearise(equations, 0 * anchors[0], anchors[0], r2, sigma=sigma, **settings)
+    told = equations.matrix.T @ equations.matrix / sigma**2
+    for anchor, found in zip(anchors, likelihood.mean(anchors, r2), strict=True):
+        right = equations.matrix.T @ equations.observed / sigma**2 + anchor / r2
+        exact = torch.linalg.solve(told + torch.eye(len(anchor)) / r2, right)
+        torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-3)
+        assert float((found - anchor).norm()) > 0.1
+
+
+def test_an_unknown_noise_level_is_read_off_the_residuals():
+    for sigma in (0.02, 0.5):
+        equations, z = linear_equations(rows=1500, sigma=sigma)
+        settings = {"assumed": None, "iterations": 10, "inner": 100, "dense_limit": 1000}
+        likelihood = linearise(equations, 0 * z, 0 * z, 0.09, sigma=None, **settings)
+        assert likelihood.sigma == pytest.approx(sigma, rel=0.06)
+
+
+def test_tweedies_variance_is_that_of_a_gaussian_prior(random_images):
+    """N(0, s²): Var(x0 | x_t) = s²(1 − ᾱ)/(ᾱs² + 1 − ᾱ), whatever x_t."""
+    prior = gaussian_prior(0.09)
+    chain = chain_of(prior, random_images(SHAPE), clip=False)
+    for now in (5, 100, 390):
+        a = float(prior.task.alphas_cumprod[now])
+        x = torch.randn(chain.shape, generator=derive_generator(now, "x"))
+        clean, r2 = tweedie(chain, x, now)
+        assert r2 == pytest.approx(0.09 * (1 - a) / (a * 0.09 + 1 - a), rel=2e-2)
+        torch.testing.assert_close(clean, a**0.5 * 0.09 / (a * 0.09 + 1 - a) * x, rtol=1e-3, atol=1e-4)
+
+
+def test_chains_are_samples_of_the_posterior_and_their_mean_is_its_mean(random_images, monkeypatch):
+    """Gaussian prior, linear equations: the mean and the variance that 80 chains must have are known.
+
+    The variance is a little too small, as DDPM's own is in so many steps (its posterior variance is that for one image).
+    """
+    monkeypatch.setattr(Chain, "distances", lambda chain, images: torch.zeros(len(images)))  # of no interest here
+    variance, sigma, chains = 0.09, 0.5, 80
+    equations, _ = linear_equations(sigma=sigma)
+    settings = {"clip": False, "sampling_steps": 200, "restarts": chains, "linearisations": 1, "iterations": 2}
+    precision = equations.matrix.T @ equations.matrix / sigma**2 + torch.eye(math.prod(SHAPE)) / variance
+    covariance = torch.linalg.inv(precision)
+    exact = 0.5 + 0.5 * covariance @ (equations.matrix.T @ equations.observed) / sigma**2
+    chain = chain_of(gaussian_prior(variance), random_images(SHAPE), average=False, **settings)
+    images, _ = by_posterior(chain, equations, sigma)
+    samples = images.reshape(chains, -1)
+    error = (samples.mean(0) - exact) / (0.5 * covariance.diagonal().sqrt() / math.sqrt(chains))
+    assert float(error.square().mean()) < 1.5
+    ratio = float((samples.var(0) / (0.25 * covariance.diagonal())).mean())
+    assert 0.8 < ratio < 1.05
+    averaged, told = by_posterior(chain_of(chain.prior, random_images(SHAPE), **settings), equations, sigma)
+    torch.testing.assert_close(averaged[0].reshape(-1), samples.mean(0), rtol=0, atol=5e-3)  # cut to [0, 1] one by one
+    rms = 0.5 * math.sqrt(ratio) * float(covariance.diagonal().mean().sqrt())
+    assert told["chain_spread_rms"] == pytest.approx(rms, rel=0.05)
+
+
+def test_a_clean_update_gives_the_exact_image(patches):
+    image = patches.private.images([3])[0].double()
+    found = attack(*victim(image), guidance="posterior", sampling_steps=4, linearisations=2)
+    assert float(psnr_db(found.images, image[None])) > 100.0
+    rounded = attack(*victim(image.float(), dtype=torch.float32), guidance="posterior", sampling_steps=4)
+    assert float(psnr_db(rounded.images, image[None])) > 80.0
+
+
+def test_under_noise_the_weights_are_those_of_the_noise(patches):
+    """A prior trained for seconds: the posterior's mean beats each of its chains and the guidance."""
+    image = patches.private.images([3])[0].double()
+    model, update, knowledge = victim(image, sigma=0.3)
+    knowledge = replace(knowledge, prior=prior_of(SHAPE, patches.public.images()))
+    sharpened = {"sampling_steps": 20, "restarts": 4}
+    db = {
+        name: float(psnr_db(attack(model, update, knowledge, **{**sharpened, **settings}).images, image[None]))
+        for name, settings in {
+            "posterior": {"guidance": "posterior", "linearisations": 2},
+            "sample": {"guidance": "posterior", "linearisations": 2, "average": False},
+            "spherical": {},
+        }.items()
+    }
+    assert db["posterior"] > db["sample"]
+    assert db["posterior"] > db["spherical"] + 3.0
+    found = attack(model, update, knowledge, guidance="posterior", linearisations=2, **sharpened)
+    rms = math.sqrt(sum(float(t.square().sum()) for t in update.received.values()) / count_of(update))
+    assert found.diagnostics["noise_std"] == pytest.approx(rms * 0.3 / math.sqrt(1.09), rel=0.05)
+    assert 0.9 < found.diagnostics["chi_square"] < 1.1
+
+
+def test_a_wide_model_is_solved_without_its_jacobian(random_images):
+    """The same image by conjugate gradients as by the whole Jacobian."""
+    model = build_model("lenet", image_shape=SHAPE, num_classes=4, seed=1, channels=4).double()
+    update = update_from(model, random_images((1, *SHAPE)), torch.tensor([2]))
+    knowledge = Knowledge(image_shape=SHAPE, batch_size=1, num_classes=4, prior=prior_of(SHAPE))
+    settings = {"guidance": "posterior", "sampling_steps": 3, "linearisations": 2, "sigma": 1e-3, "inner_steps": 400}
+    whole, free = (attack(model, update, knowledge, dense_limit=limit, **settings).images for limit in (4096, 0))
+    torch.testing.assert_close(whole, free, rtol=0, atol=5e-3)
