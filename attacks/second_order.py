@@ -79,7 +79,7 @@ class SecondOrder:
     "balanced" between them. certified: the cost, in "layers" weights whatever the search had, below which (with as many
     independent equations as unknowns; beyond dense_limit independence is not checked) a result is called exact.
     start: "grey", "normal" or "uniform", see Problem.start; or an attack such as "r-conv", whose result is the first start
-    (the others are grey). box: images are clamped to [0, 1] at the "end" or after each
+    (taken without smoothing; the others are grey). box: images are clamped to [0, 1] at the "end" or after each
     "step". damping: of the first step, in units of the largest diagonal entry of JᵀJ. sketch: equations kept for each
     unknown, 0 for all, never fewer than 4,096; all that memory allows for models with ReLUs, four times as many where
     noise is unknown (with fewer, most of those searches get stuck). dense_limit: unknowns beyond which no Jacobian is
@@ -372,10 +372,11 @@ def _search_images(case: _Case) -> Reconstruction:
 
     box = (torch.zeros_like(starts[0]), torch.ones_like(starts[0])) if attack.box == "step" else None
 
-    def solve(start: Tensor, told: Told) -> Solution:
+    def solve(number: int, start: Tensor, told: Told) -> Solution:
         trials: list[float] = []
+        near = number == 0 and case.first is not None  # a smoothed copy would lead away from what was found
         spread = spreads(problem.model, problem.sent, start.reshape(variable.shape)) if widths else {}
-        for width in widths:
+        for width in () if near else widths:
             brief = replace(attack, iterations=attack.smoothing_iterations, tolerance=SMOOTHED)
             views = [_smoothed(view, {name: width * size for name, size in spread.items()}) for view in case.views]
             found = _searched(brief, partial(at, views), start, _later(told, len(trials)), box)
@@ -479,7 +480,7 @@ def _search_noisy(case: _Case) -> Reconstruction:
         with torch.no_grad():
             return private(solution.x, solution.point.linear_unknowns)
 
-    def solve(start: Tensor, told: Told) -> Solution:
+    def solve(number: int, start: Tensor, told: Told) -> Solution:
         slopes = torch.full_like(differences(start.reshape(shape)), 1.0 / case.difference)
         costs: tuple[float, ...] = ()
         for _ in range(1 + REWEIGHTINGS):
@@ -518,13 +519,14 @@ def _searched(
 
 def _multistart(
     case: _Case,
-    solve: Callable[[Tensor, Told], Solution],
+    solve: Callable[[int, Tensor, Told], Solution],
     starts: Tensor,
     finish: Callable[[Solution], dict[str, Tensor]],
     unknowns: int,
     before: int = 0,
 ) -> Reconstruction:
-    """One start after another until one explains the update; the lowest verdict wins. before: trials besides iterations."""
+    """One start after another until one explains the update; the lowest verdict wins. solve: is given a start's number too.
+    before: trials besides iterations."""
     attack, problem = case.attack, case.views[0].problem
     ends: list[tuple[float, Solution, dict[str, Tensor]]] = []
     trials = 0
@@ -533,7 +535,7 @@ def _multistart(
         def told(iteration: int, cost: float, done: int = number * (before + attack.iterations)) -> None:
             case.progress(done + iteration, len(starts) * (before + attack.iterations), cost)
 
-        solution = solve(start, told)
+        solution = solve(number, start, told)
         trials += len(solution.costs) - 1
         guess = finish(solution)
         ends.append((case.cost(guess), solution, guess))

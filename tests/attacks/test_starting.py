@@ -96,3 +96,13 @@ def test_a_search_mends_what_noise_did_to_a_closed_form(attack, make_update, pat
         return float(psnr_db(found.images, image.float()))
 
     assert error_db(attack) > error_db(LinearLeak()) + 1.0
+
+
+def test_a_start_that_was_found_is_not_smoothed_away(make_update, patches):
+    """ReLU networks are smoothed at first, which leads away from a start that is right already."""
+    model = build_model("mlp", image_shape=SHAPE, num_classes=4, seed=2, hidden=(32,), activation="relu").double()
+    update = make_update(model, patches.test.images([3]).double(), torch.tensor([1]))
+    attack = SecondOrder(start="linear-leak", restarts=1, iterations=20)
+    found = attack.reconstruct(update, model, Classification(), KNOWN, generator=generator())
+    assert found.diagnostics["certified"] == 1.0
+    assert found.losses[0] < 1e-10  # the costs of smoothed copies would come first
