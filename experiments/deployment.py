@@ -305,7 +305,7 @@ class Deployment:
     def _start(self) -> None:
         credentials = self._state / "credentials"
         make_credentials(credentials, self._clients, days=7)
-        ports = _free_ports(1 + self._clients + (1 if self._attack_workers else 0))
+        ports = free_ports(1 + self._clients + (1 if self._attack_workers else 0))
         self.site = Site(
             credentials=PurePosixPath(credentials),
             bind="127.0.0.1",
@@ -436,29 +436,28 @@ def deploy(
     on_round: OnRound | None = None,
     on_status: OnStatus | None = None,
     on_line: Callable[[str], None] = log.info,
-    node_config: Callable[[int], str] = lambda client: "",
+    data: Path | None = None,
     environment: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Summary:
     """Bring a deployment up on loopback, run an experiment on it, take it down. A rerun goes on where an earlier one stopped.
 
     witness: clients write the truth beside the copies, as in a simulation, so that the report has scores. It is never about
     data of a node's own.
+    data: folder with client-0, client-1, …: each node's own images.
     """
     require_deployable(experiment)
+    clients = experiment.cells[0].federation.clients
+    own = [own_data(data, client) for client in range(clients)] if data is not None else [""] * clients
     run = RunFolder(folder.resolve())
     private_folder(run.path)
-    clients = experiment.cells[0].federation.clients
     own_ray = experiment.pool.workers if not experiment.pool.address else 0
-
-    def config(client: int) -> str:
-        return " ".join(part for part in ("witness=true" if witness else "", node_config(client)) if part)
 
     with _terminated_as_interrupt():
         deployment = Deployment(
             clients,
             run.path / "logs",
             attack_workers=own_ray,
-            node_config=config,
+            node_config=lambda client: " ".join(filter(None, ("witness=true" if witness else "", own[client]))),
             environment=environment,
         )
         begun = time.monotonic()
@@ -477,6 +476,14 @@ def deploy(
                 on_round=on_round,
                 on_status=on_status,
             )
+
+
+def own_data(folder: Path, client: int) -> str:
+    """Node config of a client that trains on its own images, with a seed that nobody else learns."""
+    images = folder.resolve() / f"client-{client}"
+    if not images.is_dir():
+        raise FedattackError(must("--data", f"a folder that holds client-{client}", str(folder)))
+    return f'dataset="images:{images}" private-seed={secrets.randbelow(2**62)}'
 
 
 def run_deployed(
@@ -629,7 +636,8 @@ def _short_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="fedattack-", dir=root))
 
 
-def _free_ports(number: int) -> list[int]:
+def free_ports(number: int) -> list[int]:
+    """So many TCP ports of 127.0.0.1 that nobody listens on now."""
     held = [socket.socket() for _ in range(number)]
     try:
         for item in held:

@@ -125,6 +125,13 @@ def deploy(
             "processes of its own, off with --superlink (nodes must say so in their node config, too).",
         ),
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with client-0, client-1, … (images): each node trains on its own instead of a share of the "
+            "configuration's data set, and never writes the truth."
+        ),
+    ] = None,
     superlink: Annotated[
         str,
         typer.Option(help="host:port of a SuperLink that is up already, e.g. that of docker/; else one is started."),
@@ -147,6 +154,8 @@ def deploy(
 
     if bool(superlink) != bool(root_certificates):
         raise FedattackError("--superlink and --root-certificates must be given together")
+    if superlink and data:
+        raise FedattackError("--data is for nodes that are started here; those of --superlink have their own already")
     experiment = load_config(config, overrides or [])
     _by_name("strategies.server_app").require_deployable(experiment)
     for line in _by_name("experiments.campaign").describe(experiment):
@@ -168,6 +177,7 @@ def deploy(
                 experiment,
                 target,
                 witness=witness is not False,
+                data=data,
                 on_line=lambda line: typer.echo(line, err=True),
                 **told,
             )

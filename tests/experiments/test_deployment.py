@@ -1,17 +1,41 @@
 """The deployment on loopback: the same rows as in process, true exit codes, refusals, faults, and nothing left running."""
 
+import http.client
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from experiments.campaign import run_campaign
-from experiments.deployment import MARK, make_bundle
+from experiments import deployment
+from experiments.campaign import Summary, run_campaign
+from experiments.credentials import make_credentials
+from experiments.deployment import (
+    MARK,
+    Component,
+    Deployment,
+    DeploymentError,
+    Flower,
+    deploy,
+    free_ports,
+    health,
+    make_bundle,
+    processes_of,
+    run_deployed,
+)
+from fedattack.cli import app as command_line
 from fedattack.config import load_config
-from fedattack.store import read_json, read_rows
+from fedattack.errors import FedattackError
+from fedattack.store import RunFolder, read_json, read_rows
+from strategies.attack_pool import attempts_path, pool_status
 
 RECIPE = """
 name = "deployed"
@@ -61,7 +85,121 @@ def marked(value: str = "") -> list[int]:
     return found
 
 
+def wait_for(
+    condition: Callable[[], bool], seconds: float, explain: Callable[[], str] = lambda: "waited in vain"
+) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, explain()
+        time.sleep(0.05)
+
+
 # ------------------------------------------------------------------------------------------------ without any process
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["federation.rounds=none"], "federation.rounds"),
+        (["federation.mods=['secaggplus']", "federation.protocol=fedavg"], "secaggplus needs engine"),
+        (["federation.clients=[2, 3]"], "must be the same in all cells"),
+        (["pool.workerz=1"], "unknown key"),
+    ],
+)
+def test_a_wrong_configuration_starts_nothing(recipe, tmp_path, monkeypatch, overrides, said) -> None:
+    monkeypatch.setattr(deployment, "Deployment", lambda *_, **__: pytest.fail("started"))
+    done = CliRunner().invoke(command_line, ["deploy", str(recipe), *overrides, "--out", str(tmp_path / "run")])
+    assert isinstance(done.exception, FedattackError)
+    assert said in str(done.exception)
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_and_half_a_superlink(recipe, tmp_path) -> None:
+    out = ["--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(command_line, ["deploy", str(recipe), "--dry-run", *out])
+    assert done.exit_code == 0
+    assert "2 clients × 2 rounds" in done.output
+    assert not (tmp_path / "run").exists()
+    done = CliRunner().invoke(command_line, ["deploy", str(recipe), "--superlink", "127.0.0.1:1"])
+    assert "must be given together" in str(done.exception)
+    (tmp_path / "data/client-0").mkdir(parents=True)
+    done = CliRunner().invoke(command_line, ["deploy", str(recipe), "--data", str(tmp_path / "data"), *out])
+    assert "a folder that holds client-1" in str(done.exception)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("result", "code"),
+    [
+        (({"ok": 8}, ()), 0),
+        (({"ok": 7}, ("round 1, client-1: gone",)), 1),
+        (({"failed": 8}, ()), 1),
+        (({}, ()), 1),
+        (DeploymentError("it died"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_codes_are_true(recipe, tmp_path, monkeypatch, result, code) -> None:
+    def deployed(*_: object, **__: object) -> Summary:
+        if isinstance(result, BaseException):
+            raise result
+        run = RunFolder(tmp_path)
+        run.rows.write_text("")
+        return Summary(run, run.report, *result)
+
+    monkeypatch.setattr(deployment, "deploy", deployed)
+    done = CliRunner().invoke(command_line, ["deploy", str(recipe), "--out", str(tmp_path / "run")])
+    assert done.exit_code == code
+    assert ("gone" in done.output) == (len(result) == 2 and bool(result[1]) if isinstance(result, tuple) else False)
+
+
+def test_a_superlink_that_is_not_there_is_said(recipe, tmp_path) -> None:
+    make_credentials(tmp_path / "keys", 1)
+    arguments = ["--superlink", f"127.0.0.1:{free_ports(1)[0]}", "--root-certificates", str(tmp_path / "keys/ca.pem")]
+    done = CliRunner().invoke(command_line, ["deploy", str(recipe), *arguments, "--wait", "0.1"])
+    assert done.exit_code == 1
+    assert "was not ready" in done.output
+
+
+def test_a_component_that_keeps_dying_ends_the_deployment_with_its_log(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(deployment, "MAX_DELAY_SECONDS", 0.01)
+    script = "import sys; print('no such key'); sys.exit(3)"
+    fragile = Component("fragile", [sys.executable, "-c", script], tmp_path / "log", tmp_path / "home", restarts=True)
+    fragile.start()
+
+    def restart_until_it_gives_up() -> None:
+        while True:
+            wait_for(lambda: fragile.died is not None, 20)
+            fragile.restart()
+
+    with pytest.raises(DeploymentError, match=r"(?s)fragile ended with code 3.*no such key"):
+        restart_until_it_gives_up()
+    assert (tmp_path / "log").read_text().split("\n").count("no such key") == 1 + deployment.MAX_RESTARTS
+
+
+def test_what_may_not_die_is_not_started_again(tmp_path) -> None:
+    once = Component("once", [sys.executable, "-c", ""], tmp_path / "log", tmp_path / "home")
+    once.start()
+    wait_for(lambda: once.died is not None, 20)
+    with pytest.raises(DeploymentError, match="once ended with code 0"):
+        once.restart()
+
+
+def test_closing_ends_what_ignores_it_and_what_it_started(tmp_path, monkeypatch) -> None:
+    """A component that ignores SIGTERM, and its child in a session of its own."""
+    script = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True);"
+        "print(child.pid, flush=True); time.sleep(600)"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(deployment, "STOP_SECONDS", 0.5)
+    up = Deployment(1, tmp_path)
+    stubborn = up.launch("stubborn", [sys.executable, "-c", script])
+    wait_for(lambda: len(stubborn.log.read_text().split("\n")) > 2, 20)
+    assert len(marked(up.mark)) == 2
+    up.close()
+    assert not marked(up.mark)
+
+
 def test_the_bundle_that_nodes_get_holds_no_attack(tmp_path) -> None:
     bundle = make_bundle(tmp_path / "app")
     names = {path.relative_to(bundle).parts[0] for path in bundle.rglob("*") if path.is_file()}
@@ -132,3 +270,157 @@ def test_a_deployment_gives_the_rows_of_the_in_process_engine_and_leaves_nothing
         *(f"{kind}-{client}" for kind in ("supernode", "clientapp") for client in (0, 1)),
     }
     assert run.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.slow
+def test_who_is_refused(tmp_path) -> None:
+    """An unknown node key, a stranger's authority, no TLS, a client's secret in the server's place, a key used twice."""
+    stranger = tmp_path / "stranger"
+    make_credentials(stranger, 1)
+    with Deployment(1, tmp_path / "logs") as up:
+        node, ports = up.site.supernode_command(0), iter(free_ports(5))
+
+        def variant(name: str, **changes: str) -> Component:
+            """Another SuperNode; an empty value leaves the option out."""
+            changes |= {"port": str(next(ports))}
+            kept = [word for word in node if word.partition("=")[0].lstrip("-") not in changes]
+            return up.launch(name, [*kept, *(f"--{key}={value}" for key, value in changes.items() if value)])
+
+        unknown = variant("unknown", **{"auth-supernode-private-key": str(stranger / "supernode-0.ecdsa")})
+        misled = variant("misled", **{"root-certificates": str(stranger / "ca.pem")})
+        keyless = variant("keyless", **{"auth-supernode-private-key": ""})
+        twice = variant("twice")
+        plain = [
+            word for word in node if word.split("=")[0] in ("flower-supernode", "--isolation", "--superlink", "--host")
+        ]
+        bare = up.launch("bare", [*plain, "--insecure", "--max-retries=1", f"--port={next(ports)}"])
+        server = up.site.serverapp_command()[:-1]
+        thief = up.launch("thief", [*server, f"--superexec-auth-secret-file={up.site.file('supernode-0.secret')}"])
+        guest = up.launch("guest", server)
+        for refused in (unknown, misled, keyless, twice, bare, thief, guest):
+            wait_for(lambda it=refused: it.died is not None, 90, refused.explain)
+        assert "Failed to activate SuperNode" in unknown.log.read_text()
+        assert "CERTIFICATE_VERIFY_FAILED" in misled.log.read_text()
+        assert "All SuperNodes must be" in keyless.log.read_text()
+        assert "Failed to activate SuperNode" in twice.log.read_text()
+        assert len(up.flower.online()) == 1
+        assert "CERTIFICATE_VERIFY_FAILED" in health(up.site.superlink, stranger / "ca.pem")
+        mistaken = Flower(up.site.superlink, stranger / "ca.pem", tmp_path / "home")
+        with pytest.raises(DeploymentError, match="supernode list failed"):
+            mistaken.online()
+        with pytest.raises((OSError, http.client.HTTPException)):
+            urllib.request.urlopen(f"http://{up.site.superlink}/health", timeout=5)
+    assert not marked(up.mark)
+
+
+@pytest.mark.slow
+def test_whatever_is_killed_a_rerun_ends_with_the_rows_of_an_undisturbed_run(recipe, tmp_path) -> None:
+    """The ServerApp in training, the Ray head in attacking, then an attack worker in the middle of a job."""
+    slow = "[{name = 'inverting-gradients', iterations = 3000, restarts = 1}, 'linear-leak']"
+    experiment = load_config(recipe, [f"attack={slow}"])
+    run_campaign(load_config(recipe, [f"attack={slow}", "pool.workers=0"]), tmp_path / "inside")
+    run = RunFolder(tmp_path / "run")
+
+    def attempt(strike: Callable[[Deployment, set[int]], bool]) -> Summary:
+        rounds: set[int] = set()
+        struck: list[bool] = []
+        with Deployment(2, run.path / "logs", attack_workers=1, node_config=lambda client: "witness=true") as up:
+
+            def watch() -> None:
+                up.check()
+                if not struck and strike(up, rounds):
+                    struck.append(True)
+
+            try:
+                return run_deployed(
+                    experiment,
+                    run,
+                    up.flower,
+                    ray_address=up.ray_address,
+                    witness=True,
+                    watch=watch,
+                    on_round=lambda settings, number, figures: rounds.add(number),
+                )
+            finally:
+                assert struck
+                struck_pids[:] = [pid for pid in struck_pids if Path(f"/proc/{pid}").exists()]
+
+    struck_pids: list[int] = []
+
+    def kill(up: Deployment, word: str) -> bool:
+        for pid in processes_of(up.mark, set()):
+            if word in Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode():
+                os.kill(pid, signal.SIGKILL)
+                struck_pids.append(pid)
+                return True
+        return False
+
+    with pytest.raises(DeploymentError, match="finished:failed"):
+        attempt(lambda up, rounds: 1 in rounds and kill(up, "flwr-serverapp"))
+    with pytest.raises(DeploymentError, match="ray-head"):
+        attempt(lambda up, rounds: 2 in rounds and bool(pool_status(run).running) and kill(up, "gcs_server"))
+    victims: list[str] = []
+
+    def kill_worker(up: Deployment, rounds: set[int]) -> bool:
+        running = pool_status(run).running
+        if running:
+            os.kill(running[0].pid, signal.SIGKILL)
+            victims.append(running[0].job)
+        return bool(running)
+
+    summary = attempt(kill_worker)
+    assert not summary.lost
+    assert rows(run.path) == rows(tmp_path / "inside")
+    assert len(list(read_rows(attempts_path(run, victims[0])))) >= 2
+    assert not struck_pids
+
+
+@pytest.mark.slow
+def test_a_node_that_is_killed_comes_back_and_one_that_lacks_a_package_is_said(recipe, tmp_path) -> None:
+    experiment, run = load_config(recipe, ["pool.workers=0"]), RunFolder(tmp_path / "run")
+    with Deployment(2, run.path / "logs") as up:
+        node = up.components["supernode-1"]
+        killed: list[int] = []
+
+        def watch() -> None:
+            up.check()
+            if not killed and "Receiving: train message" in node.log.read_text():
+                killed.append(node.pid)
+                os.kill(node.pid, signal.SIGKILL)
+
+        summary = run_deployed(experiment, run, up.flower, watch=watch)
+        assert node.pid not in killed
+    assert [line.split(":")[1].strip().split(",")[0] for line in summary.lost] == ["round 1"]
+    assert "Node Unavailable" in summary.lost[0]
+    assert "Node Unavailable" in (run.path / "report.html").read_text()
+    assert {(row["client"], row["round"]) for row in rows(run.path) if row["kind"] == "attack"} == {
+        ("client-0", 1),
+        ("client-0", 2),
+        ("client-1", 2),
+    }
+
+    broken = tmp_path / "broken"
+    (broken / "safetensors").mkdir(parents=True)
+    (broken / "safetensors/__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'safetensors'\")\n")
+    lame = {"clientapp-1": {"PYTHONPATH": str(broken)}}
+    summary = deploy(load_config(recipe, ["pool.workers=0"]), tmp_path / "lame", witness=False, environment=lame)
+    assert len(summary.lost) == 2
+    assert all("safetensors" in line or "ModuleNotFoundError" in line for line in summary.lost)
+    assert not list((tmp_path / "lame").rglob("truth/*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_outlives_the_launcher(recipe, tmp_path, number) -> None:
+    """Interrupted it takes everything down itself; killed it cannot, so the processes go by themselves (Linux)."""
+    mark = {**os.environ, "TMPDIR": tempfile.mkdtemp(prefix="t-", dir="/tmp")}
+    before = set(marked())
+    with subprocess.Popen([*COMMAND, "deploy", str(recipe), "--out", str(tmp_path / "run")], env=mark) as launcher:
+        wait_for(lambda: (tmp_path / "run/logs/clientapp-1.log").exists(), 120)
+        launcher.send_signal(number)
+        code = launcher.wait(60)
+    assert code == (130 if number != signal.SIGKILL else -signal.SIGKILL)
+    wait_for(lambda: set(marked()) <= before, 0.1 if number != signal.SIGKILL else 30)
+    if number != signal.SIGKILL:
+        assert not list(Path(mark["TMPDIR"]).iterdir())
+    shutil.rmtree(mark["TMPDIR"])

@@ -1,6 +1,7 @@
 """The pool: every job ends exactly once, whatever dies: files say so, one outcome and one mark of the attack a job."""
 
 import io
+import json
 import logging
 import multiprocessing
 import os
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
+from fedattack.cli import app as command_line
 from fedattack.config import PoolSettings
 from fedattack.errors import FedattackError
 from fedattack.jobs import Job, Outcome, load_outcome, outcome_path, reconstruction_path, save_outcome
@@ -82,6 +85,48 @@ def wait_for(condition, seconds: float = 60.0):
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
     return found
+
+
+# ------------------------------------------------------------------------------------------------ a look from outside
+def test_status_of_a_folder_is_what_the_disk_says_while_another_process_works(folder):
+    """Done, failed, running, waiting; a worker that is killed in the middle leaves its job waiting again."""
+    assert attack_pool.pool_status(folder.run) == PoolStatus()
+    with inline(folder) as pool:
+        for name, attack in (("a-good", "Marked"), ("b-bad", "Raises"), ("c-needy", "Needy")):
+            pool.submit(folder.job(name, attack))
+        pool.drain()
+    folder.job("d-gated", gated=True).save(folder.run.jobs)
+    folder.job("e-next").save(folder.run.jobs)
+    assert attack_pool.pool_status(folder.run) == PoolStatus(total=5, done=2, failed=1, waiting=2)
+    worker = multiprocessing.get_context("spawn").Process(target=work, args=(str(folder.run.path), "d-gated"))
+    worker.start()
+    try:
+        running = wait_for(lambda: attack_pool.pool_status(folder.run).running)
+        assert (running[0].job, running[0].worker, running[0].pid) == ("d-gated", 7, worker.pid)
+        assert attack_pool.pool_status(folder.run).waiting == 1
+        done = CliRunner().invoke(command_line, ["pool", "status", str(folder.run.path)])
+        assert "5 jobs: 2 done, 1 failed, 1 running, 1 waiting" in done.output
+        assert "running  d-gated: " in done.output
+        assert "failed   b-bad: RuntimeError: the attack has a bug" in done.output
+        as_json = CliRunner().invoke(command_line, ["pool", "status", str(folder.run.path), "--json"])
+        assert json.loads(as_json.output)["running"][0]["job"] == "d-gated"
+    finally:
+        worker.kill()
+        worker.join()
+    assert attack_pool.pool_status(folder.run) == PoolStatus(total=5, done=2, failed=1, waiting=2)
+
+
+def work(run: str, job: str) -> None:
+    """An attack worker without Ray, in a process of its own."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    target = RunFolder(Path(run))
+    beat = Heartbeat(lambda said: write_json(attack_pool.worker_path(target, 7), said), every=0.05)
+    execute(target, job, beat, worker=7, session="other", max_attempts=3)
+
+
+def test_status_of_no_folder_is_refused(tmp_path):
+    done = CliRunner().invoke(command_line, ["pool", "status", str(tmp_path / "none")])
+    assert "must be a run folder" in str(done.exception)
 
 
 # ------------------------------------------------------------------------------------------------ in this process
@@ -352,6 +397,7 @@ def ray():
     ray.init(
         address="local",
         num_cpus=2,
+        resources={"attack": 2},
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=100 * 2**20,
@@ -469,6 +515,20 @@ def test_ray_more_gpus_than_there_are_is_refused(folder, ray):
     with pytest.raises(FedattackError, match="GPUs of this Ray cluster, got 9000"):
         AttackPool(folder.run, PoolSettings(workers=3, gpus_per_worker=3000)).start()
     assert ray.is_initialized()
+
+
+def test_ray_workers_go_where_their_resource_is_and_nowhere_else(folder, ray):
+    with pytest.raises(
+        FedattackError, match=r"at most 2, what this Ray cluster offers of the resource 'attack'.*got 3"
+    ):
+        AttackPool(folder.run, PoolSettings(workers=3, resource="attack")).start()
+    with pytest.raises(FedattackError, match="at most 0"):
+        AttackPool(folder.run, PoolSettings(workers=1, resource="elsewhere")).start()
+    with AttackPool(folder.run, PoolSettings(workers=1, resource="attack")) as pool:
+        pool.submit(folder.job("job"))
+        drain(pool)
+        assert ray.available_resources()["attack"] == 1
+    folder.all_once(["job"])
 
 
 def test_ray_workers_that_cannot_start_are_said_and_not_waited_for(folder, ray, monkeypatch):
