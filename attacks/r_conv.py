@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.chain import Activate, Affine, Chain, Convolve, Pool, Reshape, Step, read_chain
+from attacks.disaggregation import DenseLayer, disaggregate
 from attacks.labels import infer_labels
 from fedattack.constraints import (
     Convolution,
@@ -44,6 +45,9 @@ CANDIDATES, FLIPS = 16, 3
 
 BRANCH = 1e-3
 """Relative error of a bias gradient above which SiLU and GELU are taken to have been left of their minimum."""
+
+EVEN = 0.05
+"""Slopes of an activation that differ by less than this factor weigh its outputs alike."""
 
 CONSTRAINTS = ("auto", "gradient", "hybrid", "weights")
 DEFICIENT = ("image", "refuse", "everywhere")
@@ -92,7 +96,7 @@ class RConv:
         assert knowledge.batch_size is not None
         batch = one_step(update, knowledge)
         chain = read_chain(model, update.sent, knowledge.image_shape, generator)
-        observed = Observed.of(update)
+        observed = Observed.of(update, knowledge.learning_rate)
         samples = dense_inputs(chain, observed, batch, generator)
         inversion = invert(chain, observed, samples, attack=self, generator=generator, progress=progress)
         images = inversion.images.nan_to_num(0.5, 1.0, 0.0).clamp(0.0, 1.0)
@@ -126,24 +130,26 @@ def one_step(update: Update, knowledge: Knowledge) -> int:
 
 @dataclass(frozen=True)
 class Observed:
-    """The gradient in float64, up to one positive factor, and the relative accuracy of the numbers of each tensor."""
+    """The gradient in float64 (up to one positive factor where no learning rate is known), the relative accuracy of the
+    numbers of each tensor, and the gradient as it arrived."""
 
     gradient: State
     accuracy: dict[str, float]
+    raw: State
 
     @classmethod
-    def of(cls, update: Update) -> "Observed":
-        """A difference of weights has lost the digits that the weights have before the decimal point of the difference."""
-        gradient, accuracy = update.gradient(None), {}
+    def of(cls, update: Update, learning_rate: float | None = None) -> "Observed":
+        """A difference of weights has lost the digits that it shares with the weights."""
+        gradient, accuracy = update.gradient(learning_rate), {}
         for name, tensor in gradient.items():
             if not tensor.is_floating_point():
                 continue
             lost = 1.0
             if update.kind == "weights":
-                size = float(tensor.abs().max()) if tensor.numel() else 0.0
+                size = float((update.sent[name] - update.received[name]).abs().max()) if tensor.numel() else 0.0
                 lost = max(1.0, float(update.sent[name].abs().max()) / size) if size > 0 else 1.0
             accuracy[name] = torch.finfo(tensor.dtype).eps * lost
-        return cls({name: gradient[name].double() for name in accuracy}, accuracy)
+        return cls({name: gradient[name].double() for name in accuracy}, accuracy, gradient)
 
     def of_layer(self, layer: str) -> tuple[Tensor, Tensor | None, float]:
         """Gradients of a layer's weight and bias and their accuracy. Raises NotApplicable where they were not sent."""
@@ -151,6 +157,11 @@ class Observed:
         if weight not in self.gradient:
             raise NotApplicable(f"the update holds no gradient of layer {layer!r} (frozen, or not sent)")
         return self.gradient[weight], self.gradient.get(bias), self.accuracy[weight]
+
+    def raw_of(self, layer: str) -> tuple[Tensor, Tensor]:
+        """Gradients of a layer's weight and bias in the type in which they arrived."""
+        weight, bias = (f"{layer}.{part}" if layer else part for part in ("weight", "bias"))
+        return self.raw[weight], self.raw[bias]
 
 
 @dataclass(frozen=True)
@@ -174,9 +185,27 @@ def dense_inputs(chain: Chain, observed: Observed, batch: int, generator: torch.
     if not bias.abs().max() > 0:
         raise NotApplicable(f"the bias gradient of layer {chain.dense.name!r} is zero: no row of it saw the image")
     if batch > 1:
-        raise NotApplicable("batches of more than one image must be taken apart at the first dense layer")
+        return _taken_apart(chain, observed, batch, generator)
     inputs = (bias @ weight / bias.square().sum())[None]
     return Samples(inputs, bias[None], 1, relative(weight - bias[:, None] * inputs, weight))
+
+
+def _taken_apart(chain: Chain, observed: Observed, batch: int, generator: torch.Generator) -> Samples:
+    """A batch's samples, all of which must be certain: the equations below hold for the sum over all of them."""
+    dense = chain.dense
+    shape = next((s.before for s in reversed(chain.steps) if isinstance(s, Reshape)), ())
+    layer = DenseLayer(
+        dense.weight,
+        dense.bias,
+        "softmax" if dense.after == "output" else dense.after,
+        (shape[0], shape[1], shape[2]) if len(shape) == 3 else None,
+    )
+    found = disaggregate(*observed.raw_of(dense.name), batch, layer=layer, generator=generator)
+    if found.exact < batch:
+        raise NotApplicable(
+            f"layer {dense.name!r} (Linear) gives {found.exact} of the {batch} images away, and convolutions need all of them"
+        )
+    return Samples(found.inputs.double(), found.gradients.double(), found.exact, found.residual)
 
 
 def labels_of(
@@ -394,8 +423,12 @@ def _weight_constraints(front: _Front, step: Convolve) -> WeightConstraints:
     if front.pool is not None:
         shape, weight = pooled(shape, weight, front.pool)
     trust = torch.where(front.known, front.trust, 0.0)
-    largest = trust.max()
-    return WeightConstraints(shape, weight, target, trust / largest if largest > 0 else trust)
+    largest = float(trust.max())
+    if largest > 0 and float(trust[front.known].min()) > EVEN * largest:
+        trust = front.known.to(trust)  # nearly alike: then the equations are those of a plain convolution
+    elif largest > 0:
+        trust = trust / largest
+    return WeightConstraints(shape, weight, target, trust)
 
 
 def pooled(shape: Convolution, weight: Tensor, pool: Pool) -> tuple[Convolution, Tensor]:
@@ -490,6 +523,9 @@ def _choose(gradient: GradientConstraints, weights: WeightConstraints, accuracy:
     if attack.constraints == "weights":
         return solve_hybrid(None, weights, accuracy)
     if attack.constraints == "hybrid" and weights.count:
+        return solve_hybrid(gradient, weights, accuracy)
+    needed = gradient.shape.filters_for_gradients(gradient.batch)
+    if attack.constraints == "auto" and weights.count and (needed is None or needed > gradient.shape.filters):
         return solve_hybrid(gradient, weights, accuracy)
     found = solve_gradient(gradient)
     good = found.spectrum.full and found.spectrum.condition <= min(attack.condition, 1.0 / share_for(accuracy))

@@ -700,7 +700,8 @@ def pinch(
     if not rows:
         return solved
     matrix, limit = torch.cat(rows), torch.cat(limits)
-    slack = 1e-9 * float(solved.inputs.abs().max())
+    size = float(solved.inputs.abs().max())
+    slack = 1e-9 * size
     found: list[Tensor] = []
     for _ in range(2):
         objective = torch.randn(len(free), generator=generator, dtype=torch.float64)
@@ -711,10 +712,8 @@ def pinch(
             if answer.status != 0:
                 return solved
             found.append(torch.from_numpy(answer.x).to(matrix))
-    spread = max(float((other - found[0]).abs().max()) for other in found[1:])
-    size = float(solved.inputs.abs().max())
-    if not spread <= 1e-5 * size:
-        return solved
+            if not float((found[-1] - found[0]).abs().max()) <= 1e-5 * size:
+                return solved
     middle = torch.stack(found).mean(0)
     binding = (matrix @ middle - limit).abs() < 1e-5 * size
     if int(binding.sum()) < len(free):
@@ -733,20 +732,25 @@ def solve_iteratively(
     gradient: GradientConstraints | None,
     weights: WeightConstraints | None,
     *,
-    iterations: int = 2000,
+    iterations: int = 3000,
     tolerance: float = 1e-14,
 ) -> Solved:
     """Least squares by conjugate gradients on the normal equations, operators applied by convolutions.
 
     Weight constraints are preconditioned by the inverse of their periodic version, which the Fourier transform makes block
-    diagonal. The spectrum is that of the Lanczos process: its rank is the number of unknowns where the residual reached
-    √tolerance without damping, else 0 (not determined).
+    diagonal; gradient constraints are added to it as a low-rank update (Woodbury) where they are few. The rank is estimated:
+    a random input is sent through the same equations, and what does not come back is not determined. σ_min and σ_max are of
+    the preconditioned system.
     """
     some = gradient if gradient is not None else weights
     assert some is not None
     shape, batch = some.shape, some.batch
     scale = gradient_scale(gradient, weights) if gradient is not None and weights is not None else 1.0
-    precondition = _inverse_periodic(weights) if weights is not None else _identity
+    precondition: Callable[[Tensor], Tensor] = _identity
+    if weights is not None:
+        precondition = _inverse_periodic(weights)
+        if gradient is not None and few(gradient):
+            precondition = _woodbury(precondition, gradient, scale)
 
     def apply(inputs: Tensor) -> list[Tensor]:
         parts = [] if gradient is None else [scale * gradient.apply(inputs)]
@@ -760,20 +764,59 @@ def solve_iteratively(
         assert found is not None
         return found
 
+    def solve(right: list[Tensor], tolerance: float) -> tuple[Tensor, int, tuple[float, float]]:
+        start = right[0].new_zeros(batch, shape.channels, shape.height, shape.width)
+        return _conjugate_gradients(
+            apply, adjoint, right, start, precondition, iterations=iterations, tolerance=tolerance
+        )
+
     right = [] if gradient is None else [scale * gradient.gradient]
     right += [] if weights is None else [weights.right_side()]
-    start = right[0].new_zeros(batch, shape.channels, shape.height, shape.width)
-    inputs, steps, extremes = _conjugate_gradients(
-        apply, adjoint, right, start, precondition, iterations=iterations, tolerance=tolerance
-    )
+    inputs, steps, extremes = solve(right, tolerance)
     size = math.sqrt(sum(float(part.square().sum()) for part in right))
     left = [a - b for a, b in zip(apply(inputs), right, strict=True)]
     residual = math.sqrt(sum(float(part.square().sum()) for part in left)) / size if size > 0 else 0.0
+    probe = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(inputs)
+    lost = relative(solve(apply(probe), 1e-9)[0] - probe, probe)
     unknowns = batch * shape.unknowns
-    determined = unknowns if residual < math.sqrt(tolerance) else 0
+    rank = unknowns if lost < 1e-4 else min(unknowns - 1, math.floor(unknowns * max(0.0, 1.0 - lost**2)))
     kind = "hybrid" if gradient is not None and weights is not None else ("weights" if gradient is None else "gradient")
-    spectrum = Spectrum(determined, unknowns, extremes[1], extremes[0], exact=False)
-    return Solved(inputs, spectrum, residual, kind, steps)
+    return Solved(inputs, Spectrum(rank, unknowns, extremes[1], extremes[0], exact=False), residual, kind, steps)
+
+
+def few(gradient: GradientConstraints) -> bool:
+    """Whether a low-rank update of this size can be held in memory and factored."""
+    shape = gradient.shape
+    rows = shape.gradient_constraints
+    return shape.groups == 1 and rows * shape.channels <= DENSE and rows * gradient.batch * shape.pixels <= ENTRIES // 2
+
+
+def _woodbury(
+    inner: Callable[[Tensor], Tensor], gradient: GradientConstraints, scale: float
+) -> Callable[[Tensor], Tensor]:
+    """(P + UᵀU)⁻¹ from P⁻¹, with the gradient constraints' rows U: P⁻¹ − P⁻¹Uᵀ(1 + U P⁻¹Uᵀ)⁻¹U P⁻¹."""
+    shape, batch, channels = gradient.shape, gradient.batch, gradient.shape.channels
+    rows = scale * gradient_matrix(shape, gradient.sensitivity).reshape(-1, batch, shape.height, shape.width)
+    count = len(rows)
+    core = rows.new_zeros(channels * count, channels * count)
+    for c in range(channels):
+        for first in range(0, count, 64):
+            some = rows[first : first + 64]
+            images = rows.new_zeros(len(some), batch, channels, shape.height, shape.width)
+            images[:, :, c] = some
+            solved = inner(images.flatten(0, 1)).reshape(images.shape)
+            begin = c * count + first
+            core[begin : begin + len(some)] = torch.einsum("qbchw,nbhw->qcn", solved, rows).flatten(1)
+    core = (core + core.mT) / 2 + torch.eye(len(core), dtype=core.dtype, device=core.device)
+    factor = torch.linalg.cholesky(core)
+
+    def precondition(inputs: Tensor) -> Tensor:
+        ahead = inner(inputs)
+        seen = torch.einsum("nbhw,bchw->cn", rows, ahead).reshape(-1, 1)
+        weights = torch.cholesky_solve(seen, factor).reshape(channels, count)
+        return ahead - inner(torch.einsum("nbhw,cn->bchw", rows, weights))
+
+    return precondition
 
 
 def _identity(inputs: Tensor) -> Tensor:
@@ -841,7 +884,7 @@ def _lanczos_extremes(alphas: list[float], betas: list[float]) -> tuple[float, f
     return math.sqrt(max(0.0, float(values[0]))), math.sqrt(max(0.0, float(values[-1])))
 
 
-def _inverse_periodic(weights: WeightConstraints, damping: float = 1e-8) -> Callable[[Tensor], Tensor]:
+def _inverse_periodic(weights: WeightConstraints, damping: float = 1e-5) -> Callable[[Tensor], Tensor]:
     """(WᵀW + damping)⁻¹ for the convolution on a torus: block diagonal after a Fourier transform of each phase.
 
     The input is cut into its s² phases (pixels with one residue modulo the stride), which the convolution mixes without a
