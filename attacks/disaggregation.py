@@ -22,12 +22,19 @@ import torch
 from torch import Tensor
 
 from attacks.independent_components import differences, unmix
+from attacks.mixing_equations import Equations, identity, solve
 from attacks.sparse_columns import descend, halfspaces, null_of, sample, unrepeated
 from fedattack.errors import FedattackError, NotApplicable, must, one_of
 
-METHODS = ("exclusive", "independent", "descent", "sampling")
+METHODS = ("exclusive", "independent", "descent", "sampling", "equations")
 """exclusive: neurons of one sample. independent: independent components, and the signs they predict. descent: local minima
-of ‖U·q‖₁. sampling: SPEAR's own search."""
+of ‖U·q‖₁. sampling: SPEAR's own search. equations: a known head's, solved for the mixture."""
+
+WORK = 1 << 27
+"""Most multiplications of one step of all descents together: large batches get fewer starts."""
+
+LARGEST = 40
+"""Samples up to which the equations of a known head are solved: their Jacobian has samples² columns."""
 
 
 MISFITS = 0.02
@@ -88,7 +95,8 @@ class Factored:
         """Entries of basis @ q that may be zero, (n, 1), for columns (n, r)."""
         spread = (columns / self.singular).norm(dim=1, keepdim=True)
         size = columns.norm(dim=1, keepdim=True) / len(self.basis) ** 0.5
-        return (30.0 * self.noise * spread).maximum(1e-9 * size)
+        allowed: Tensor = (30.0 * self.noise * spread).maximum(1e-9 * size)
+        return allowed
 
     def points(self, directions: Tensor) -> Tensor:
         """Rows of P from their directions (n, r): scaled so that the last entry of p @ mixed is 1. Bad ones are dropped."""
@@ -137,6 +145,7 @@ def disaggregate(
     layer: DenseLayer,
     generator: torch.Generator,
     methods: Sequence[str] | str = "auto",
+    labels: Tensor | None = None,
     rounds: int = 6,
     starts: int = 512,
     samples: int = 20_000,
@@ -145,10 +154,10 @@ def disaggregate(
     """Inputs and gradients of every sample from a dense layer's gradient, weight (M,D) and bias (M,), of the mean loss.
 
     batch: how many samples, or None: as many as the rank says. Give the tensors in the precision in which they arrived: their
-    type says how exact they are. methods: names of METHODS, or "auto": all that fit the layer. rounds: how often what was
-    found is taken out and the rest searched again; starts, samples: how many descents and SPEAR proposals a round. `told`
-    hears of rounds done and samples certified. Samples that are not found are estimated, see `Disaggregated.exact`.
-    Raises NotApplicable where the rank contradicts the batch size.
+    type says how exact they are. methods: names of METHODS, or "auto": all that fit the layer. labels (B,), in any order, or
+    None: guessed where they are needed. rounds: how often what was found is taken out and the rest searched again; starts,
+    samples: how many descents and SPEAR proposals a round. `told` hears of rounds done and samples certified. Samples that
+    are not found are estimated, see `Disaggregated.exact`. Raises NotApplicable where the rank contradicts the batch size.
     """
     chosen = _chosen(methods, layer)
     parts = factor(weight, bias, batch, layer)
@@ -156,19 +165,22 @@ def disaggregate(
     if wanted == 1:
         return _single(weight.double(), bias.double(), parts)
     search = _Search(parts, layer, generator)
-    if layer.activation == "relu":
-        search.by_sparsity(chosen, rounds, starts, samples, told)
-    else:
-        if "independent" in chosen:
-            search.guess = search.independent(None)
-            search.method = "independent"
-        told(1, 1, 0)
+    if sparse := tuple(name for name in chosen if name != "equations" and layer.activation == "relu"):
+        search.by_sparsity(sparse, rounds, starts, samples, told)
+    elif "independent" in chosen:
+        search.guess = search.independent(None)
+        search.method = "independent"
+    if "equations" in chosen and search.trusted < parts.rank == wanted <= LARGEST:
+        search.by_equations(labels, rounds)
+    told(rounds, rounds, search.trusted)
     return search.result(weight.double(), bias.double(), wanted)
 
 
 def _chosen(methods: Sequence[str] | str, layer: DenseLayer) -> tuple[str, ...]:
     if methods == "auto":
-        return ("exclusive", "independent", "descent") if layer.activation == "relu" else ("independent",)
+        if layer.activation == "relu":
+            return ("exclusive", "independent", "descent")
+        return ("independent", "equations") if layer.activation == "softmax" or layer.head else ("independent",)
     named = (methods,) if isinstance(methods, str) else tuple(methods)
     for name in named:
         if name not in METHODS:
@@ -206,6 +218,7 @@ class _Search:
         self.guess: Tensor | None = None
         self.trusted = 0
         self.tried = 0
+        self.figures: dict[str, float] = {}
         self.method = "none"
 
     # ------------------------------------------------------------------------------------------- sparse columns
@@ -231,9 +244,10 @@ class _Search:
                     self._add(self._predicted(points))
                 elif method == "descent":
                     live = basis[basis.norm(dim=1) > 0]
-                    begin = live[torch.randperm(len(live), generator=self.generator)[:starts].to(live.device)]
+                    many = max(8, min(starts, WORK // (len(live) * rank**2)))
+                    begin = live[torch.randperm(len(live), generator=self.generator)[:many].to(live.device)]
                     if turn > 1:
-                        begin = torch.randn(starts, rank, generator=self.generator, dtype=torch.float64).to(basis)
+                        begin = torch.randn(many, rank, generator=self.generator, dtype=torch.float64).to(basis)
                     self._add(descend(basis, begin, steps=40, floor=self._floor))
                 else:
                     self._add(sample(basis, samples, self.generator))
@@ -241,16 +255,17 @@ class _Search:
                 self._certify(known)
                 if self.trusted == rank:
                     self.method = method
-                    told(rounds, rounds, self.trusted)
                     return
-            told(turn, rounds, self.trusted)
+            if turn < rounds:
+                told(turn, rounds, self.trusted)
         self._complete(known)
 
     @property
     def _floor(self) -> float:
         """Relative size of noise in a typical entry of basis @ q."""
         spread = float((1.0 / self.parts.singular).square().mean().sqrt())
-        return min(0.03, max(1e-9, self.parts.noise * spread * len(self.parts.basis) ** 0.5))
+        relative: float = self.parts.noise * spread * len(self.parts.basis) ** 0.5
+        return min(0.03, max(1e-9, relative))
 
     def _exclusive(self) -> Tensor:
         """Points from pairs of rows of the basis that are parallel: neurons that one sample alone switches on."""
@@ -280,7 +295,7 @@ class _Search:
         singular = torch.linalg.svdvals(centred)
         if len(singular) < len(signals) or float(singular[-1]) < 1e-9 * float(singular[0]):
             return parts.points(space)
-        unmixing, _ = unmix(signals, iterations=300, tolerance=1e-7, generator=self.generator)
+        unmixing = unmix(signals, iterations=300, tolerance=1e-7, generator=self.generator)
         return parts.points(unmixing @ space)
 
     def _predicted(self, points: Tensor) -> Tensor:
@@ -312,7 +327,7 @@ class _Search:
         live = parts.basis.norm(dim=1) > 0
         values = (proposals @ parts.basis.T).abs()
         near = (values < parts.tolerance(proposals).clamp_min(1e-3 / values.shape[1] ** 0.5)) & live
-        enough = near.sum(1) >= rank - 1
+        enough = near.sum(1) >= rank + 2
         proposals, near, values = proposals[enough], near[enough], values[enough]
         alone = unrepeated(proposals, 1e-6)
         proposals, near, values = proposals[alone], near[alone], values[alone]
@@ -375,14 +390,118 @@ class _Search:
         zero = self._zeros(columns)
         off, on = (before < 0) & clear, (before > 0) & clear
         enough = (off & (self.parts.basis.norm(dim=1) > 0)).sum(1) >= self.parts.rank + 8
-        return enough & ~(off & ~zero).any(1) & (2 * (on & zero).sum(1) <= on.sum(1))
+        agreed: Tensor = enough & ~(off & ~zero).any(1) & (2 * (on & zero).sum(1) <= on.sum(1))
+        return agreed
 
     def _complete(self, known: Tensor) -> None:
-        """Best points where not all columns were found: independent components, made to agree with the known columns."""
-        if self.points is not None and self.trusted > 0:
-            self.method = "partial"
+        """Best points where not all columns are certain.
+
+        A known column fixes its point but for a mixture of the unknown samples, and the signs of its pre-activations bound
+        that; unknown samples are the independent components of what is left.
+        """
+        parts, rank = self.parts, self.parts.rank
+        self.method = "partial" if self.trusted or len(known) else "independent" if self.guess is not None else "none"
+        if self.trusted or not len(known) or len(known) == rank:
             return
-        self.method = "independent" if self.guess is not None else "none"
+        live = parts.basis.norm(dim=1) > 0
+        free = torch.linalg.svd(known).Vh[len(known) :]
+        firm = torch.linalg.pinv(known).T
+        on = ~self._zeros(known)[:, live]
+        found = []
+        for one, active in zip(firm, on, strict=True):
+            open_to = torch.cat([one[None], free])
+            weights, _ = halfspaces(open_to @ parts.responses[:, live], active[None])
+            found.append(weights[0] @ open_to)
+        self.guess = torch.cat([parts.points(torch.stack(found)), parts.points(self.independent(known))])
+
+    # ------------------------------------------------------------------------------------------- a known head
+    def by_equations(self, labels: Tensor | None, rounds: int) -> None:
+        """Points for which the head sends back what was sent; certain where they explain it to the last digit."""
+        parts, rank = self.parts, self.parts.rank
+        head = self.layer.head or identity
+        noise = parts.noise * len(parts.basis) ** 0.5 * float((1.0 / parts.singular).norm())
+        tolerance = max(1e-10, 10.0 * noise)
+        best = None
+        for classes in self._label_sets(labels, head):
+            equations = Equations(parts.basis, parts.responses, parts.mixed[:, -1], head, classes)
+            starts = self._starts(equations)
+            solved = solve(equations, starts[: 1 + len(starts) // 4], steps=100, tolerance=tolerance)
+            if solved.residual > tolerance:
+                solved = solve(equations, starts, steps=30 * rounds, tolerance=tolerance)
+            if best is None or solved.residual < best.residual:
+                best = solved
+            if best.residual <= tolerance:
+                break
+        if best is None:
+            return
+        self.figures |= {"equations_residual": best.residual, "starts_agreeing": float(best.agreeing)}
+        scaled = parts.points(best.points)
+        if len(scaled) == rank and (best.residual <= tolerance < 0.05 or self.guess is None):
+            self.points, self.method = scaled, "equations"
+            self.trusted = rank if best.residual <= tolerance < 0.05 else 0
+
+    def _label_sets(self, labels: Tensor | None, head: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Labels to try: the given ones, or for a last layer n = B·(p̄ − ∂L/∂c) with some guesses of the mean output p̄."""
+        parts = self.parts
+        if labels is not None:
+            return [labels.to(parts.basis.device)]
+        if head is not identity:
+            raise NotApplicable("labels must be known to use the equations of the layers behind this one")
+        bias = parts.basis @ parts.mixed[:, -1]
+        means = [torch.full_like(bias, 1.0 / len(bias)), self.layer.bias.double().to(bias).softmax(0)]
+        if self.guess is not None:
+            means.insert(0, (self.guess @ parts.responses).softmax(1).mean(0))
+        sets: list[Tensor] = []
+        for mean in means:
+            classes = counted(mean - bias, parts.rank)
+            if not any(torch.equal(classes, other) for other in sets):
+                sets.append(classes)
+        return sets
+
+    def _starts(self, equations: Equations) -> Tensor:
+        """Matrices P (n, r, r), best first: from guessed pre-activations, and from independent components."""
+        parts, rank = self.parts, self.parts.rank
+        classes = equations.labels
+        most = max(4, min(64, 4096 // rank**2))
+        if equations.head is identity:
+            count = torch.bincount(classes, minlength=len(parts.basis)).double() / len(classes)
+            mean = (parts.basis @ parts.mixed[:, -1] + count).clamp_min(1e-6).log()
+            spread = torch.linspace(0.1, 2.0, most, dtype=torch.float64)[:, None, None]
+            drawn = torch.randn(most, rank, len(mean), generator=self.generator, dtype=torch.float64)
+            before = mean + (spread * drawn).to(mean)
+        else:
+            rows = parts.points(parts.basis) @ parts.responses
+            picked = torch.randint(len(rows), (most, rank), generator=self.generator).to(rows.device)
+            before = rows.clamp(*rows.flatten().quantile(rows.new_tensor([0.05, 0.95])))[picked]
+        sent = equations.gradients(before.reshape(most * rank, -1)).reshape(most, rank, -1)
+        columns = parts.basis.T @ sent.mT  # (n, r, B): Q of the guess
+        points, failed = torch.linalg.inv_ex(columns)
+        points = points[failed == 0]
+        if self.guess is not None and len(self.guess) == rank:
+            points = torch.cat([self._labelled(self.guess, equations)[None], points])
+        scale = points @ parts.mixed[:, -1]
+        points = points[(scale.abs() > 1e-9).all(1)]
+        points = points / (points @ parts.mixed[:, -1])[:, :, None]
+        values = equations.residual(points).square().sum(1)
+        best_first: Tensor = points[values.nan_to_num(torch.inf).argsort()]
+        return best_first
+
+    def _labelled(self, points: Tensor, equations: Equations) -> Tensor:
+        """Points in the order of the labels that explain their gradients best, one after another."""
+        parts, rank = self.parts, self.parts.rank
+        wanted = (parts.basis @ torch.linalg.inv(points)).T  # (r, M)
+        before = points @ parts.responses
+        error = points.new_zeros(rank, rank)  # of point i with label j
+        for i in range(rank):
+            sent = equations.gradients(before[i].expand(rank, -1))
+            error[i] = (sent - wanted[i]).square().sum(1)
+        order = points.new_zeros(rank, dtype=torch.int64)
+        for _ in range(rank):
+            place = int(error.argmin())
+            i, j = place // rank, place % rank
+            order[j] = i
+            error[i], error[:, j] = torch.inf, torch.inf
+        return points[order]
 
     # ------------------------------------------------------------------------------------------- the answer
     def result(self, weight: Tensor, bias: Tensor, wanted: int) -> Disaggregated:
@@ -400,6 +519,7 @@ class _Search:
             gradients = torch.cat([gradients, gradients.new_zeros(missing, gradients.shape[1])])
         residual = float((weight - gradients.T @ inputs).norm() / weight.norm())
         figures = _figures(parts) | {"candidates": float(len(self.columns)), "proposals": float(self.tried)}
+        figures |= self.figures
         return Disaggregated(inputs, gradients, residual, self.trusted, self.method, figures)
 
     def _filled(self, points: Tensor | None) -> Tensor:
@@ -409,3 +529,14 @@ class _Search:
         rows = parts.points(parts.basis[strongest])
         filled = rows if points is None else torch.cat([points, rows])
         return filled[: parts.rank]
+
+
+def counted(shares: Tensor, total: int) -> Tensor:
+    """Classes (total,) in ascending order, as often as their shares say, by largest remainders."""
+    scaled = total * shares.clamp_min(0.0)
+    counts = scaled.floor()
+    missing = total - int(counts.sum())
+    if missing > 0:
+        counts[(scaled - counts).argsort(descending=True)[:missing]] += 1
+    classes = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts.long())
+    return classes[torch.linspace(0, len(classes) - 1, total, device=classes.device).round().long()]

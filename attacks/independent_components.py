@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 
-def unmix(mixtures: Tensor, *, iterations: int, tolerance: float, generator: torch.Generator) -> tuple[Tensor, int]:
-    """Unmixing matrix (r, r) of mixtures (r, N), and the iterations it took; unmixing @ mixtures has unit variance a row.
+def unmix(mixtures: Tensor, *, iterations: int, tolerance: float, generator: torch.Generator) -> Tensor:
+    """Unmixing matrix (r, r) of mixtures (r, N); the rows of unmixing @ mixtures have unit variance.
 
     Mixtures must be linearly independent after their means are taken off. Order and signs of the components are arbitrary.
     """
@@ -20,8 +20,7 @@ def unmix(mixtures: Tensor, *, iterations: int, tolerance: float, generator: tor
     whitening = (left / singular.clamp_min(torch.finfo(singular.dtype).tiny)).T * length**0.5
     start = torch.randn(rank, rank, generator=generator, dtype=torch.float64).to(mixtures)
     rotation: Tensor = torch.linalg.qr(start).Q
-    iteration = 0
-    for iteration in range(1, iterations + 1):
+    for _ in range(iterations):
         bent = torch.tanh(rotation @ white)
         update = bent @ white.T / length - (1.0 - bent.square()).mean(1, keepdim=True) * rotation
         u, _, v = torch.linalg.svd(update)
@@ -30,7 +29,8 @@ def unmix(mixtures: Tensor, *, iterations: int, tolerance: float, generator: tor
         rotation = turned
         if moved < tolerance:
             break
-    return rotation @ whitening, iteration
+    unmixing: Tensor = rotation @ whitening
+    return unmixing
 
 
 def differences(pictures: Tensor) -> Tensor:

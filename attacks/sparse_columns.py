@@ -22,7 +22,8 @@ def descend(basis: Tensor, starts: Tensor, *, steps: int, floor: float) -> Tenso
     squares = (rows[:, :, None] * rows[:, None, :]).reshape(len(rows), -1)
     many = max(1, CHUNK // max(len(rows), rank * rank))
     found = []
-    for part in starts.split(many):
+    for first in range(0, len(starts), many):
+        part = starts[first : first + many]
         q = part / part.norm(dim=1, keepdim=True)
         for step in range(steps):
             smoothing = max(0.3 * (floor / 0.3) ** (step / max(1, steps - 1)), floor) / len(rows) ** 0.5
@@ -56,20 +57,23 @@ def sample(basis: Tensor, count: int, generator: torch.Generator) -> Tensor:
     solved, failed = torch.linalg.solve_ex(systems, wanted)
     q = solved[:, :, 0]
     q = q / q.norm(dim=1, keepdim=True)
-    return q[(failed == 0) & q.isfinite().all(1)]
+    kept: Tensor = q[(failed == 0) & q.isfinite().all(1)]
+    return kept
 
 
 def null_of(basis: Tensor, rows: Tensor) -> Tensor:
     """The unit q (n, r) that the chosen rows (n, M) bool of the basis annihilate best; each needs r − 1 of them."""
     rank = basis.shape[1]
     found = [torch.linalg.svd(basis[chosen], full_matrices=int(chosen.sum()) < rank).Vh[-1] for chosen in rows]
-    return torch.stack(found) if found else basis.new_zeros(0, basis.shape[1])
+    stacked: Tensor = torch.stack(found) if found else basis.new_zeros(0, basis.shape[1])
+    return stacked
 
 
 def unrepeated(columns: Tensor, tolerance: float) -> Tensor:
     """Which of the unit rows (n, r) repeat no earlier one up to sign, (n,) bool."""
     alike = 1.0 - (columns @ columns.T).abs() < tolerance
-    return ~torch.tril(alike, diagonal=-1).any(1)
+    first: Tensor = ~torch.tril(alike, diagonal=-1).any(1)
+    return first
 
 
 def halfspaces(points: Tensor, inside: Tensor, *, steps: int = 40, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -107,4 +111,5 @@ def halfspaces(points: Tensor, inside: Tensor, *, steps: int = 40, ridge: float 
         if torch.equal(moved, p):
             break
         p = moved
-    return p @ whitening.T, (sign * (p @ white) <= 0).sum(1)
+    wrong: Tensor = (sign * (p @ white) <= 0).sum(1)
+    return p @ whitening.T, wrong
