@@ -72,6 +72,8 @@ class HonestButCurious(Strategy):
         self.kind: UpdateKind = kind or update_kind(strategy)
         self.on_incident = on_incident
         self._sent: dict[int, ArrayRecord] = {}
+        self._asked: list[int] = []
+        self._known: dict[int, str] = {}
         # the strategy's own methods, before `start` may put ours in their place
         self._own = {name: getattr(strategy, name) for name in _WRAPPED}
 
@@ -93,6 +95,7 @@ class HonestButCurious(Strategy):
     ) -> Iterable[Message]:
         messages = list(self._own["configure_train"](server_round, arrays, config, grid))
         snapshots: dict[int, ArrayRecord] = {}
+        self._asked = [message.metadata.dst_node_id for message in messages]
         for message in messages:
             record = next(iter(message.content.array_records.values()), arrays)
             snapshots.setdefault(id(record), snapshot(record))
@@ -147,9 +150,16 @@ class HonestButCurious(Strategy):
         """Copy what is to be copied; True if any reply was malformed. Never raises."""
         malformed = False
         expected, odd = self._expected(replies), _odd_ones(replies)
+        answered = {reply.metadata.src_node_id for reply in replies}
+        silent = (node for node in self._asked if node not in answered)
         seen: dict[str, int] = {}
         for reply in replies:
-            client = client_of(reply)
+            client, node = client_of(reply), reply.metadata.src_node_id
+            if reply.has_error():  # of a node that is gone, the SuperLink says so in its own name
+                node = node if node in self._asked else next(silent, node)
+                client = self._known.get(node, f"node-{node}")
+            else:
+                self._known[node] = client
             seen[client] = seen.get(client, 0) + 1
             if seen[client] > 1:  # two nodes that claim one partition id must not overwrite each other
                 client = f"{client}-again-{seen[client] - 1}"

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_mod
 from flwr.serverapp import strategy as flower
@@ -298,6 +298,25 @@ def test_a_client_that_fails_is_an_incident() -> None:
     strategy.start(InProcessGrid(toy_client(spoil=spoil), CLIENTS), toy_weights(), num_rounds=1)
     assert len(incidents) == 1
     assert "no such luck" in incidents[0].problems[0]
+
+
+def test_a_node_that_is_gone_is_called_by_the_name_it_had() -> None:
+    """The SuperLink answers for it, in its own name; in the first round nobody knows yet which client the node is."""
+
+    class LosesClient2(InProcessGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            requests, replies = list(messages), []
+            for reply in super().send_and_receive(requests, timeout=timeout):
+                if reply.metadata.src_node_id == 102 and requests[0].content["config"]["server-round"] != 2:
+                    reply = Message(Error(1, "Node Unavailable"), reply_to=reply)
+                    reply.metadata.__dict__["_src_node_id"] = 1
+                replies.append(reply)
+            return replies
+
+    incidents: list[Incident] = []
+    strategy = HonestButCurious(flower.FedAvg(**ALL), lambda u: None, on_incident=incidents.append)
+    strategy.start(LosesClient2(toy_client(), CLIENTS), toy_weights(), num_rounds=3)
+    assert [(incident.round, incident.client) for incident in incidents] == [(1, "node-102"), (3, "client-2")]
 
 
 def test_an_error_of_the_strategy_itself_is_not_swallowed() -> None:
