@@ -331,7 +331,7 @@ def read_chain(model: nn.Module, sent: State, image_shape: tuple[int, int, int],
     some = next(t for t in sent.values() if t.is_floating_point())
     state = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     state |= {name: tensor.detach().clone() for name, tensor in model.named_buffers()}
-    state |= {name: tensor.detach().clone() for name, tensor in sent.items()}
+    state |= {name: tensor.detach().clone() for name, tensor in sent.items() if name in state}
     state = {n: t.to(some.device, torch.float64) if t.is_floating_point() else t for n, t in state.items()}
     weights = [name for name, _ in model.named_parameters() if name in state]
     for name in weights:
@@ -483,8 +483,8 @@ def _convolution(call: _Call, state: State) -> Convolve:
         module.in_channels, call.inputs.shape[2], call.inputs.shape[3], module.out_channels,
         (rows, columns), (module.stride[0], module.stride[1]), padding, dilation, module.groups,
     )  # fmt: skip
-    bias = state[_child(call.name, "bias")].detach() if module.bias is not None else None
-    return Convolve(call.name, shape, state[_child(call.name, "weight")].detach(), bias)
+    bias = _own(state, call.name, "bias") if module.bias is not None else None
+    return Convolve(call.name, shape, _own(state, call.name, "weight"), bias)
 
 
 def _pool(call: _Call, steps: list[Step]) -> Pool:
@@ -524,7 +524,7 @@ def _batch_norm(call: _Call, state: State) -> Affine:
     slope = (variance + module.eps).rsqrt()
     shift = -mean * slope
     if module.affine:
-        scale, offset = state[_child(call.name, "weight")].detach(), state[_child(call.name, "bias")].detach()
+        scale, offset = _own(state, call.name, "weight"), _own(state, call.name, "bias")
         slope, shift = slope * scale, shift * scale + offset
     if not slope.abs().min() > 0:
         raise NotApplicable(f"layer {call.name!r} (BatchNorm) multiplies a channel by zero")
@@ -563,7 +563,7 @@ def _dense(calls: list[_Call], number: int, state: State, logits: Tensor) -> Den
         known = activation_of(following.module)
         if known is not None and following.inputs is not None and _same(following.inputs, call.outputs):
             after = known.name
-    weight, bias = (state[_child(call.name, part)].detach() for part in ("weight", "bias"))
+    weight, bias = (_own(state, call.name, part) for part in ("weight", "bias"))
     return Dense(call.name, weight, bias, after)
 
 
@@ -634,6 +634,13 @@ def _no_chain(calls: list[_Call], number: int) -> str:
         f"between {previous.name!r} and {where} the model computes something that is no layer of its own "
         "(an activation or pooling as a function, a sum): it cannot be read"
     )
+
+
+def _own(state: State, layer: str, parameter: str) -> Tensor:
+    """A parameter as the client was sent it. Raises NotApplicable where it is another layer's as well."""
+    if (name := _child(layer, parameter)) not in state:
+        raise NotApplicable(f"the weight {name!r} is used in other layers too: its gradient is a sum over them")
+    return state[name].detach()
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -777,9 +777,12 @@ def solve_iteratively(
     left = [a - b for a, b in zip(apply(inputs), right, strict=True)]
     residual = math.sqrt(sum(float(part.square().sum()) for part in left)) / size if size > 0 else 0.0
     probe = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(inputs)
-    lost = relative(solve(apply(probe), 1e-9)[0] - probe, probe)
+    back = solve(apply(probe), 1e-9)[0]
     unknowns = batch * shape.unknowns
-    rank = unknowns if lost < 1e-4 else min(unknowns - 1, math.floor(unknowns * max(0.0, 1.0 - lost**2)))
+    trace = float((probe * back).sum() / probe.square().sum())  # of the projection that equations and solver make
+    full = relative(back - probe, probe) < 1e-4
+    count = (0 if gradient is None else gradient.gradient.numel()) + (0 if weights is None else weights.count)
+    rank = unknowns if full else min(unknowns - 1, count, math.floor(unknowns * max(0.0, trace)))
     kind = "hybrid" if gradient is not None and weights is not None else ("weights" if gradient is None else "gradient")
     return Solved(inputs, Spectrum(rank, unknowns, extremes[1], extremes[0], exact=False), residual, kind, steps)
 
