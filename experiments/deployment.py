@@ -359,6 +359,7 @@ class Deployment:
 
     def check(self) -> None:
         """Start what died again; raises DeploymentError for what must not die, or dies again and again."""
+        _heed()
         for component in self.components.values():
             if component.died is not None:
                 component.restart()
@@ -395,6 +396,7 @@ class Deployment:
         """Until `problem` says "", unless the component dies or takes too long."""
         end = time.monotonic() + self._start_seconds
         while said := problem():
+            _heed()
             for component in self.components.values():
                 if component.died is not None:
                     raise DeploymentError(component.explain())
@@ -452,7 +454,7 @@ def deploy(
     private_folder(run.path)
     own_ray = experiment.pool.workers if not experiment.pool.address else 0
 
-    with _terminated_as_interrupt():
+    with _interruptible():
         deployment = Deployment(
             clients,
             run.path / "logs",
@@ -523,6 +525,7 @@ def run_deployed(
     asked = time.monotonic()
     try:
         while True:
+            _heed()
             watch()
             history.tell()
             if on_status is not None:
@@ -600,11 +603,12 @@ def existing(
     if not root_certificates.is_file():
         raise FedattackError(must("--root-certificates", "a PEM file", str(root_certificates)))
     needed, end = experiment.cells[0].federation.clients, time.monotonic() + wait_seconds
-    with _terminated_as_interrupt(), tempfile.TemporaryDirectory(prefix="fedattack-flwr-") as home:
+    with _interruptible(), tempfile.TemporaryDirectory(prefix="fedattack-flwr-") as home:
         flower = Flower(superlink, root_certificates, Path(home))
         while problem := flower.health() or _missing(flower, needed):
             if time.monotonic() > end:
                 raise DeploymentError(f"the SuperLink at {superlink} was not ready after {wait_seconds:g} s: {problem}")
+            _heed()
             time.sleep(1.0)
         yield flower
 
@@ -665,20 +669,36 @@ def _version() -> str:
 
 
 @contextmanager
-def _terminated_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends this process the way Ctrl-C does, so that what it started goes with it."""
+def _interruptible() -> Iterator[None]:
+    """SIGTERM ends this process the way Ctrl-C does, so that what it started goes with it.
+
+    Python drops an exception that a signal raises while a process is being forked, so loops ask `_heed`, too.
+    """
 
     def interrupt(number: int, frame: Any) -> None:
+        _INTERRUPTED.set()
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    _INTERRUPTED.clear()
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        _INTERRUPTED.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_INTERRUPTED = threading.Event()
+
+
+def _heed() -> None:
+    """Raises KeyboardInterrupt if there was one that got lost."""
+    if _INTERRUPTED.is_set():
+        raise KeyboardInterrupt
 
 
 @contextmanager

@@ -400,12 +400,12 @@ def test_a_node_that_is_killed_comes_back_and_one_that_lacks_a_package_is_said(r
     }
 
     broken = tmp_path / "broken"
-    (broken / "safetensors").mkdir(parents=True)
-    (broken / "safetensors/__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'safetensors'\")\n")
+    (broken / "skimage").mkdir(parents=True)
+    (broken / "skimage/__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'skimage'\")\n")
     lame = {"clientapp-1": {"PYTHONPATH": str(broken)}}
     summary = deploy(load_config(recipe, ["pool.workers=0"]), tmp_path / "lame", witness=False, environment=lame)
     assert len(summary.lost) == 2
-    assert all("safetensors" in line or "ModuleNotFoundError" in line for line in summary.lost)
+    assert all("skimage" in line for line in summary.lost)
     assert not list((tmp_path / "lame").rglob("truth/*"))
 
 
@@ -418,7 +418,7 @@ def test_nothing_outlives_the_launcher(recipe, tmp_path, number) -> None:
     with subprocess.Popen([*COMMAND, "deploy", str(recipe), "--out", str(tmp_path / "run")], env=mark) as launcher:
         wait_for(lambda: (tmp_path / "run/logs/clientapp-1.log").exists(), 120)
         launcher.send_signal(number)
-        code = launcher.wait(60)
+        code = launcher.wait(120)
     assert code == (130 if number != signal.SIGKILL else -signal.SIGKILL)
     wait_for(lambda: set(marked()) <= before, 0.1 if number != signal.SIGKILL else 30)
     if number != signal.SIGKILL:
