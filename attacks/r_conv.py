@@ -43,7 +43,7 @@ MARGIN = 4 * torch.finfo(torch.float64).eps
 CANDIDATES, FLIPS = 16, 3
 """Outputs of a filter whose slope is in doubt, and how many of them may turn out otherwise than they look."""
 
-BRANCH = 1e-3
+BRANCH = 1e-5
 """Relative error of a bias gradient above which SiLU and GELU are taken to have been left of their minimum."""
 
 EVEN = 0.05

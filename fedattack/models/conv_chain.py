@@ -2,8 +2,8 @@
 
 Source: Eltaras et al., R-CONV, arXiv 2406.04227 (the five networks of its published code: 5×5 kernels, padding 2, LeakyReLU
 slope 0.2, weights and biases U(−0.5, 0.5), one dense layer).
-Differs from it: any image size and number of classes; filters, strides, kernels, activations, dense layers, batch
-normalisation and initialisation can be chosen freely.
+Differs from it: normalises inside the model (mean 0 and std 1 leave images as they are, as there); any image size and number
+of classes; filters, strides, kernels, activations, dense layers, batch normalisation and initialisation can be chosen.
 """
 
 from collections import OrderedDict
@@ -24,7 +24,7 @@ class Architecture:
 
     filters: tuple[int, ...]
     strides: tuple[int, ...]
-    activations: tuple[str, ...]
+    activation: tuple[str, ...]
 
 
 LEAKY, RELU = "leaky-relu", "relu"
@@ -46,19 +46,19 @@ def conv_chain(
     architecture: str = "letnet",
     filters: Sequence[int] | None = None,
     strides: PerLayer | None = None,
-    activations: str | Sequence[str] | None = None,
+    activation: str | Sequence[str] | None = None,
     kernels: PerLayer = 5,
     paddings: PerLayer | None = None,
     dense: Sequence[int] = (),
     norm: str = "none",
     slope: float = 0.2,
     init: str = "r-conv",
-    mean: PerChannel = 0.0,
-    std: PerChannel = 1.0,
+    mean: PerChannel = 0.5,
+    std: PerChannel = 0.5,
 ) -> nn.Sequential:
     """Convolutions by the name of an architecture, or by lists of one's own; `dense` are widths of ReLU layers behind them.
 
-    filters: replaces the architecture; strides (default 1) and activations (default "relu") are then one for all or one per
+    filters: replaces the architecture; strides (default 1) and activation (default "relu") are then one for all or one per
     convolution, as kernels and paddings (default: kernel // 2) always are. slope: of LeakyReLUs.
     init: "r-conv" (U(−0.5, 0.5)) or "default" (PyTorch's).
     """
@@ -66,14 +66,14 @@ def conv_chain(
     known("init", INITS, init)
     plan: Architecture = ARCHITECTURES[known("architecture", ARCHITECTURES, architecture)]
     if filters is None:
-        filters, strides, activations = plan.filters, strides or plan.strides, activations or plan.activations
+        filters, strides, activation = plan.filters, strides or plan.strides, activation or plan.activation
     count = len(filters)
-    names = [activations or RELU] * count if activations is None or isinstance(activations, str) else list(activations)
+    names = [activation or RELU] * count if activation is None or isinstance(activation, str) else list(activation)
     steps = per_layer("strides", strides or 1, count)
     sides = per_layer("kernels", kernels, count)
     around = per_layer("paddings", [side // 2 for side in sides] if paddings is None else paddings, count)
     if len(names) != count:
-        raise FedattackError(must("activations", f"one name or {count} (one per convolution)", activations))
+        raise FedattackError(must("activation", f"one name or {count} (one per convolution)", activation))
     layers: list[tuple[str, nn.Module]] = [("normalize", Normalize(channels, mean, std))]
     before = channels
     for i, (out, stride, name, side, padding) in enumerate(zip(filters, steps, names, sides, around, strict=True)):

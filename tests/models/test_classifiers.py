@@ -21,6 +21,7 @@ SMALL: dict[str, dict[str, object]] = {
     "convnet-small": {"width": 3},
     "vgg": {"width": 2},
     "resnet18": {"width": 2},
+    "conv-chain": {"filters": (4, 3), "strides": (2, 1), "kernels": 3},
 }
 NORMED = ["convnet", "convnet-small", "vgg", "resnet18"]
 
