@@ -62,6 +62,9 @@ PROJECTED = 512
 SMOOTHING = (0.5, 0.2, 0.08, 0.03, 0.01)
 """Widths of a continuation to sharp activations, in standard deviations of what an activation is given at the start."""
 
+SLIGHT = 2
+"""How many of these widths are left out where a start is what another attack found."""
+
 SMOOTHED = 1e-12
 """A smoothed model need not be matched better than this."""
 
@@ -79,10 +82,10 @@ class SecondOrder:
     "balanced" between them. certified: the cost, in "layers" weights whatever the search had, below which (with as many
     independent equations as unknowns; beyond dense_limit independence is not checked) a result is called exact.
     start: "grey", "normal" or "uniform", see Problem.start; or an attack such as "r-conv", whose result is the first start
-    (taken without smoothing; the others are grey). box: images are clamped to [0, 1] at the "end" or after each
-    "step". damping: of the first step, in units of the largest diagonal entry of JᵀJ. sketch: equations kept for each
-    unknown, 0 for all, never fewer than 4,096; all that memory allows for models with ReLUs, four times as many where
-    noise is unknown (with fewer, most of those searches get stuck). dense_limit: unknowns beyond which no Jacobian is
+    (of models with ReLUs the second too, slightly smoothed; the others are grey). box: images are clamped to [0, 1] at the
+    "end" or after each "step". damping: of the first step, in units of the largest diagonal entry of JᵀJ. sketch: equations
+    kept for each unknown, 0 for all, never fewer than 4,096; all that memory allows for models with ReLUs, four times as many
+    where noise is unknown (with fewer, most of those searches get stuck). dense_limit: unknowns beyond which no Jacobian is
     formed and each step takes up to `inner_steps` iterations of conjugate gradients (with unknown noise at most 512
     pixels: there this is faster, and keeps every equation).
     smoothing_iterations: trial steps, before those on the model itself, at each of five widths of smoothed copies of a model
@@ -349,6 +352,8 @@ def _search_images(case: _Case) -> Reconstruction:
     dense = unknowns <= attack.dense_limit
     starts = case.starts()["images"].reshape(attack.restarts, -1)
     widths = SMOOTHING if attack.smoothing_iterations > 0 and kinks(problem.model) else ()
+    if case.first is not None and widths:
+        starts[1:2] = starts[0]  # first as it is, for strong smoothing leads away from it, then slightly smoothed
     if dense and not (widths and case.count * unknowns <= JACOBIAN):
         case = case.sketched(attack.sketch, unknowns)
 
@@ -374,9 +379,8 @@ def _search_images(case: _Case) -> Reconstruction:
 
     def solve(number: int, start: Tensor, told: Told) -> Solution:
         trials: list[float] = []
-        near = number == 0 and case.first is not None  # a smoothed copy would lead away from what was found
         spread = spreads(problem.model, problem.sent, start.reshape(variable.shape)) if widths else {}
-        for width in () if near else widths:
+        for width in widths if case.first is None or number > 1 else (widths[SLIGHT:] if number else ()):
             brief = replace(attack, iterations=attack.smoothing_iterations, tolerance=SMOOTHED)
             views = [_smoothed(view, {name: width * size for name, size in spread.items()}) for view in case.views]
             found = _searched(brief, partial(at, views), start, _later(told, len(trials)), box)

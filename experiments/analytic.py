@@ -112,10 +112,10 @@ def batches(training: int) -> Iterator[Plan]:
 
 
 def noise(training: int) -> Iterator[Plan]:
-    searches = [f'second-order(restarts=1, start="{start}")' for start in ("r-conv", "grey")]
+    searches = [f'second-order(restarts=2, start="{start}")' for start in ("r-conv", "grey")]
     searches += [
         f'inverting-gradients(iterations=1200, learning_rate={rate}, tv_weight={weight}, start="{start}")'
-        for start, rate, weight in (("r-conv", 0.005, 0.003), ("grey", 0.05, 0.003), ("grey", 0.05, 0.03))
+        for start, rate, weight in (("r-conv", 0.001, 0.001), ("grey", 0.05, 0.001), ("grey", 0.05, 0.01))
     ]
     victim = Victim("3 convolutions, LeakyReLU and ReLU", "conv-chain", CHAIN | {"init": "default"}, size=16)
     for sigma in (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
