@@ -15,10 +15,11 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from experiments.deployment import Deployment, processes_of, run_deployed
+from experiments.deployment import Deployment, DeploymentError, processes_of, run_deployed
 from fedattack.config import Experiment, parse_config
 from fedattack.store import RunFolder
 
+RESERVE_MIB = 3000
 PIXELS = 3 * 8 * 8
 CLASSES = 8
 
@@ -56,6 +57,12 @@ def memory_of(deployment: Deployment) -> dict[str, float]:
     return found
 
 
+def available_mib() -> float:
+    """Memory that this machine has left, as its kernel sees it."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
 def measure(clients: int, rounds: int, megabytes: float, *, attack: bool, folder: Path) -> dict[str, object]:
     experiment = experiment_of(clients, rounds, megabytes, attack=attack)
     ends: dict[int, float] = {}
@@ -66,6 +73,8 @@ def measure(clients: int, rounds: int, megabytes: float, *, attack: bool, folder
 
         def watch() -> None:
             up.check()
+            if available_mib() < RESERVE_MIB:
+                raise DeploymentError(f"stopped: less than {RESERVE_MIB} MiB of memory were left on this machine")
             for name, mebibytes in memory_of(up).items():
                 peaks[name][len(ends)] = max(peaks[name][len(ends)], mebibytes)
 
