@@ -11,6 +11,9 @@ ATTACKS: dict[str, str] = {
     "invg-dm": "attacks.gidm_baselines:InvGdm",
     "gg-cdm": "attacks.gg_cdm:GGCDM",
     "second-order": "attacks.second_order:SecondOrder",
+    "cocktail-party": "attacks.cocktail_party:CocktailParty",
+    "spear": "attacks.spear:Spear",
+    "unmixing": "attacks.unmixing:Unmixing",
     "r-conv": "attacks.r_conv:RConv",
     "r-gap": "attacks.r_gap:RGAP",
 }

@@ -16,7 +16,7 @@ Every sample that is called exact is certified by the layer's own data: its grad
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,12 @@ from fedattack.errors import FedattackError, NotApplicable, must, one_of
 METHODS = ("exclusive", "independent", "descent", "sampling", "equations")
 """exclusive: neurons of one sample. independent: independent components, and the signs they predict. descent: local minima
 of ‖U·q‖₁. sampling: SPEAR's own search. equations: a known head's, solved for the mixture."""
+
+NOISE = 0.02
+"""Noise in a typical entry of a gradient, relative to their size, beyond which zeros cannot be told from small entries."""
+
+MOST = 512
+"""Proposals polished at once, those with the most zeros first."""
 
 WORK = 1 << 27
 """Most multiplications of one step of all descents together: large batches get fewer starts."""
@@ -163,9 +169,12 @@ def disaggregate(
     parts = factor(weight, bias, batch, layer)
     wanted = batch or parts.rank
     if wanted == 1:
-        return _single(weight.double(), bias.double(), parts)
+        alone = _single(weight.double(), bias.double(), parts)
+        told(rounds, rounds, alone.exact)
+        return alone
     search = _Search(parts, layer, generator)
-    if sparse := tuple(name for name in chosen if name != "equations" and layer.activation == "relu"):
+    sparse = tuple(name for name in chosen if name != "equations" and layer.activation == "relu")
+    if sparse and search.floor < NOISE:
         search.by_sparsity(sparse, rounds, starts, samples, told)
     elif "independent" in chosen:
         search.guess = search.independent(None)
@@ -248,7 +257,7 @@ class _Search:
                     begin = live[torch.randperm(len(live), generator=self.generator)[:many].to(live.device)]
                     if turn > 1:
                         begin = torch.randn(many, rank, generator=self.generator, dtype=torch.float64).to(basis)
-                    self._add(descend(basis, begin, steps=40, floor=self._floor))
+                    self._add(descend(basis, begin, steps=40, floor=self.floor))
                 else:
                     self._add(sample(basis, samples, self.generator))
                 known = self._selected()
@@ -261,18 +270,18 @@ class _Search:
         self._complete(known)
 
     @property
-    def _floor(self) -> float:
-        """Relative size of noise in a typical entry of basis @ q."""
+    def floor(self) -> float:
+        """Size of the noise in a typical entry of basis @ q, relative to that of the entries."""
         spread = float((1.0 / self.parts.singular).square().mean().sqrt())
         relative: float = self.parts.noise * spread * len(self.parts.basis) ** 0.5
-        return min(0.03, max(1e-9, relative))
+        return max(1e-9, relative)
 
     def _exclusive(self) -> Tensor:
         """Points from pairs of rows of the basis that are parallel: neurons that one sample alone switches on."""
         parts = self.parts
         norms = parts.basis.norm(dim=1, keepdim=True)
         rows = (parts.basis / norms)[norms[:, 0] > 1e-6 * norms.max()]
-        agree = 1.0 - (rows @ rows.T).abs() < max(1e-9, 1e2 * self._floor**2)
+        agree = 1.0 - (rows @ rows.T).abs() < max(1e-9, 1e2 * self.floor**2)
         agree.fill_diagonal_(False)
         shared = rows[agree.any(1)]
         return parts.points(shared[unrepeated(shared, 1e-6)])
@@ -313,7 +322,7 @@ class _Search:
             mask.scatter_(1, rows[order[:, :count]], True)
             begins.append(null_of(parts.basis, mask))
         begin = torch.cat(begins)
-        return torch.cat([begin, descend(parts.basis, begin, steps=60, floor=self._floor)])
+        return torch.cat([begin, descend(parts.basis, begin, steps=60, floor=self.floor)])
 
     def _add(self, proposals: Tensor) -> None:
         """Take in the proposals that have more zeros than r − 1 rows can force, each polished on its own zeros.
@@ -328,7 +337,8 @@ class _Search:
         values = (proposals @ parts.basis.T).abs()
         near = (values < parts.tolerance(proposals).clamp_min(1e-3 / values.shape[1] ** 0.5)) & live
         enough = near.sum(1) >= rank + 2
-        proposals, near, values = proposals[enough], near[enough], values[enough]
+        best = near.sum(1).where(enough, -1).argsort(descending=True, stable=True)[: min(MOST, int(enough.sum()))]
+        proposals, near, values = proposals[best], near[best], values[best]
         alone = unrepeated(proposals, 1e-6)
         proposals, near, values = proposals[alone], near[alone], values[alone]
         if not len(proposals):
@@ -505,30 +515,37 @@ class _Search:
 
     # ------------------------------------------------------------------------------------------- the answer
     def result(self, weight: Tensor, bias: Tensor, wanted: int) -> Disaggregated:
-        parts = self.parts
         points = self.points if self.points is not None else self.guess
-        if points is None or len(points) < parts.rank:
-            points = self._filled(points)
-        inputs = (points @ parts.mixed)[:, :-1]
-        both = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-        observed = torch.cat([weight, bias[:, None]], 1)
-        gradients = torch.linalg.lstsq(both.T, observed.T).solution
-        if len(inputs) < wanted:
-            missing = wanted - len(inputs)
-            inputs = torch.cat([inputs, inputs.mean(0, keepdim=True).expand(missing, -1)])
-            gradients = torch.cat([gradients, gradients.new_zeros(missing, gradients.shape[1])])
-        residual = float((weight - gradients.T @ inputs).norm() / weight.norm())
-        figures = _figures(parts) | {"candidates": float(len(self.columns)), "proposals": float(self.tried)}
-        figures |= self.figures
-        return Disaggregated(inputs, gradients, residual, self.trusted, self.method, figures)
+        found = from_points(points, self.parts, weight, bias, wanted, self.method)
+        figures = {
+            "noise": self.floor,
+            "candidates": float(len(self.columns)),
+            "proposals": float(self.tried),
+        } | self.figures
+        return replace(found, exact=self.trusted, diagnostics=found.diagnostics | figures)
 
-    def _filled(self, points: Tensor | None) -> Tensor:
-        """r points: the given ones, then rows of the basis, each a mixture of the samples that switch its neuron on."""
-        parts = self.parts
+
+def from_points(
+    points: Tensor | None, parts: Factored, weight: Tensor, bias: Tensor, batch: int, method: str
+) -> Disaggregated:
+    """The samples of the points (n, r), none of them certain. Missing points are made up: rows of the basis first, which are
+    mixtures of the samples that switch a neuron on, then the mean sample, with no gradient.
+    """
+    if points is None or len(points) < parts.rank:
         strongest = parts.basis.norm(dim=1).argsort(descending=True)
         rows = parts.points(parts.basis[strongest])
-        filled = rows if points is None else torch.cat([points, rows])
-        return filled[: parts.rank]
+        points = rows if points is None else torch.cat([points, rows])
+    points = points[: parts.rank]
+    inputs = (points @ parts.mixed)[:, :-1]
+    both = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
+    observed = torch.cat([weight, bias[:, None]], 1)
+    gradients = torch.linalg.lstsq(both.T, observed.T).solution
+    if len(inputs) < batch:
+        missing = batch - len(inputs)
+        inputs = torch.cat([inputs, inputs.mean(0, keepdim=True).expand(missing, -1)])
+        gradients = torch.cat([gradients, gradients.new_zeros(missing, gradients.shape[1])])
+    residual = float((weight - gradients.T @ inputs).norm() / weight.norm())
+    return Disaggregated(inputs, gradients, residual, 0, method, _figures(parts))
 
 
 def counted(shares: Tensor, total: int) -> Tensor:

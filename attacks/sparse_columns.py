@@ -93,7 +93,8 @@ def halfspaces(points: Tensor, inside: Tensor, *, steps: int = 40, ridge: float 
     sign = torch.where(inside, 1.0, -1.0).to(white)
 
     def hinge(p: Tensor) -> Tensor:
-        return (1.0 - sign * (p @ white)).clamp_min(0.0).square().sum(1) + ridge * count * p.square().sum(1)
+        loss: Tensor = (1.0 - sign * (p @ white)).clamp_min(0.0).square().sum(1) + ridge * count * p.square().sum(1)
+        return loss
 
     p = sign @ white.T / count
     best = hinge(p)
