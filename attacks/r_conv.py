@@ -400,13 +400,16 @@ def settle(
     now, then = (t.transpose(0, 1).reshape(channels, -1) for t in (slope, other))
     error = total.sums - (terms * now).sum(1)
     size = (terms * torch.maximum(now.abs(), then.abs())).square().sum(1).sqrt().clamp_min(1e-300)
+    doubtful = error.abs() > 100 * accuracy * size
+    if not bool(doubtful.any()):
+        return slope, torch.zeros_like(slope, dtype=torch.bool), relative(error, total.sums)
     count = min(CANDIDATES, terms.shape[1])
     first = order.transpose(0, 1).reshape(channels, -1).argsort(dim=1, stable=True)[:, :count]
     gains = (terms * (then - now)).gather(1, first)
     subsets = [chosen for n in range(1, FLIPS + 1) for chosen in combinations(range(count), n)]
     sums = torch.stack([gains[:, list(chosen)].sum(1) for chosen in subsets], 1)
     left, best = (error[:, None] - sums).abs().min(1)
-    better = (left < size * 0.01 / len(subsets)) & (left < 0.01 * error.abs()) & (error.abs() > 100 * accuracy * size)
+    better = (left < size * 0.01 / len(subsets)) & (left < 0.01 * error.abs()) & doubtful
     flipped = torch.zeros_like(now, dtype=torch.bool)
     for channel in better.nonzero().flatten().tolist():
         flipped[channel, first[channel, list(subsets[int(best[channel])])]] = True

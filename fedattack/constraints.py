@@ -32,6 +32,9 @@ SINGULAR = 1024
 DENSE = 4352
 """Unknowns up to which a system is solved densely (by QR beyond SINGULAR)."""
 
+SURPLUS = 1.2
+"""Weight constraints for each unknown from which large systems are first tried without gradient constraints, which cost more."""
+
 PINCHED = 512
 """Open directions up to which inequalities are tried."""
 
@@ -541,6 +544,10 @@ def solve_hybrid(gradient: GradientConstraints | None, weights: WeightConstraint
     unknowns = batch * shape.unknowns
     count = weights.count + (gradient.gradient.numel() if gradient is not None else 0)
     if unknowns > DENSE or count * unknowns > ENTRIES:
+        if gradient is not None and weights.count >= SURPLUS * unknowns:
+            found = solve_iteratively(None, weights, iterations=800)
+            if found.spectrum.full:  # the gradient is then a check that was not used
+                return found
         return solve_iteratively(gradient, weights)
     matrix, right = hybrid_system(gradient, weights)
     factored = Factored(matrix, cutoff_for(len(matrix), unknowns, accuracy))
@@ -777,7 +784,7 @@ def solve_iteratively(
     left = [a - b for a, b in zip(apply(inputs), right, strict=True)]
     residual = math.sqrt(sum(float(part.square().sum()) for part in left)) / size if size > 0 else 0.0
     probe = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(inputs)
-    back = solve(apply(probe), 1e-9)[0]
+    back = solve(apply(probe), 1e-7)[0]
     unknowns = batch * shape.unknowns
     trace = float((probe * back).sum() / probe.square().sum())  # of the projection that equations and solver make
     full = relative(back - probe, probe) < 1e-4
