@@ -33,7 +33,7 @@ DENSE = 4352
 """Unknowns up to which a system is solved densely (by QR beyond SINGULAR)."""
 
 SURPLUS = 1.2
-"""Weight constraints for each unknown from which large systems are first tried without gradient constraints, which cost more."""
+"""Weight constraints for each unknown from which large systems are first tried without the costlier gradient constraints."""
 
 PINCHED = 512
 """Open directions up to which inequalities are tried."""
@@ -545,9 +545,9 @@ def solve_hybrid(gradient: GradientConstraints | None, weights: WeightConstraint
     count = weights.count + (gradient.gradient.numel() if gradient is not None else 0)
     if unknowns > DENSE or count * unknowns > ENTRIES:
         if gradient is not None and weights.count >= SURPLUS * unknowns:
-            found = solve_iteratively(None, weights, iterations=800)
-            if found.spectrum.full:  # the gradient is then a check that was not used
-                return found
+            alone = solve_iteratively(None, weights, iterations=800)
+            if alone.spectrum.full:  # the gradient is then a check that was not used
+                return alone
         return solve_iteratively(gradient, weights)
     matrix, right = hybrid_system(gradient, weights)
     factored = Factored(matrix, cutoff_for(len(matrix), unknowns, accuracy))
