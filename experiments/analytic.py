@@ -85,8 +85,8 @@ class Plan:
 
 
 # ------------------------------------------------------------------------------------------------ the tables
-CHAIN = {"filters": (12, 16, 12), "strides": (2, 2, 1), "activations": ("leaky-relu", "leaky-relu", "relu")}
-TAKEN_APART = {"filters": (12, 48), "strides": (2, 2), "activations": "leaky-relu", "dense": (256,)}
+CHAIN = {"filters": (12, 16, 12), "strides": (2, 2, 1), "activation": ("leaky-relu", "leaky-relu", "relu")}
+TAKEN_APART = {"filters": (12, 48), "strides": (2, 2), "activation": "leaky-relu", "dense": (256,)}
 
 
 def architectures(training: int) -> Iterator[Plan]:
@@ -98,7 +98,7 @@ def architectures(training: int) -> Iterator[Plan]:
 def cost(training: int) -> Iterator[Plan]:
     attacks = ("r-conv", "r-gap", "dlg", "inverting-gradients")
     for name in ("letnet", "letnet-o"):
-        leaky = {"architecture": name, "activations": ["leaky-relu"] * len(ARCHITECTURES[name].filters)}
+        leaky = {"architecture": name, "activation": ["leaky-relu"] * len(ARCHITECTURES[name].filters)}
         yield Plan(Victim(f"{name}, all LeakyReLU", "conv-chain", leaky), attacks)
     yield Plan(Victim("letnet", "conv-chain", {"architecture": "letnet"}), attacks)
 

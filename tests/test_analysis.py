@@ -21,7 +21,7 @@ def images():
 
 def chain(filters, **options):
     """Two convolutions of stride 2 and 1, the first of which has as many filters as its outputs need."""
-    return {"filters": (12, filters), "strides": (2, 1), "activations": ("leaky-relu", "relu"), **options}
+    return {"filters": (12, filters), "strides": (2, 1), "activation": ("leaky-relu", "relu"), **options}
 
 
 def test_counts_follow_the_formula():
@@ -71,7 +71,7 @@ def test_public_images_are_brought_to_the_shape():
 
 def test_the_command(tmp_path):
     out = tmp_path / "analysis.json"
-    spec = "conv-chain(filters=(12, 8), strides=(2, 1), activations=('leaky-relu', 'relu'))"
+    spec = "conv-chain(filters=(12, 8), strides=(2, 1), activation=('leaky-relu', 'relu'))"
     arguments = ["analyse", spec, "--image-shape", "3,8,8", "--num-classes", "4", "--probes", "1", "--json", str(out)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output

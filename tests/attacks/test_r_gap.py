@@ -18,7 +18,7 @@ KNOWN = Knowledge(image_shape=SHAPE, batch_size=1, num_classes=4)
 
 
 def chain(**options):
-    options = {"filters": (12, 20), "strides": (2, 1), "activations": "leaky-relu", **options}
+    options = {"filters": (12, 20), "strides": (2, 1), "activation": "leaky-relu", **options}
     return build_model("conv-chain", image_shape=SHAPE, num_classes=4, seed=1, **options).double()
 
 
@@ -28,7 +28,7 @@ def attack(update, model, known=KNOWN):
 
 @pytest.mark.parametrize("activation", ["leaky-relu", "sigmoid", "tanh", "elu"])
 def test_invertible_activations_give_the_image(activation, make_update, random_images):
-    model, images = chain(activations=activation), random_images((1, *SHAPE))
+    model, images = chain(activation=activation), random_images((1, *SHAPE))
     found = attack(make_update(model, images, torch.tensor([2])), model)
     assert float(psnr_db(found.images, images.float())) > 100
     assert found.labels.tolist() == [2]
@@ -37,7 +37,7 @@ def test_invertible_activations_give_the_image(activation, make_update, random_i
 
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_activations_that_lose_their_input_are_refused_by_name(activation, make_update, random_images):
-    model = chain(activations=("leaky-relu", activation))
+    model = chain(activation=("leaky-relu", activation))
     update = make_update(model, random_images((1, *SHAPE)), torch.tensor([2]))
     with pytest.raises(NotApplicable, match=rf"layer 'act1' \({activation}\) cannot be inverted"):
         attack(update, model)
