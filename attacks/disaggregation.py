@@ -33,6 +33,9 @@ of ‖U·q‖₁. sampling: SPEAR's own search. equations: a known head's, solve
 NOISE = 0.02
 """Noise in a typical entry of a gradient, relative to their size, beyond which zeros cannot be told from small entries."""
 
+NOISELESS = 1e-5
+"""Noise up to which single samples are certified; beyond it all of them are, or none."""
+
 MOST = 512
 """Proposals polished at once, those with the most zeros first."""
 
@@ -129,8 +132,7 @@ def factor(weight: Tensor, bias: Tensor, batch: int | None, layer: DenseLayer) -
     if batch < most and batch < numerical < most and beyond > 1e-2 * float(singular[batch - 1]):
         raise NotApplicable(f"a batch of {batch} cannot give the layer's gradient its rank of {numerical}")
     floor = max(beyond, rounding)
-    rank = max(1, int((singular[:batch] > 10.0 * floor).sum())) if beyond <= 0.03 * singular[batch - 1] else batch
-    rank = min(rank, batch, most)
+    rank = _usable(singular, min(batch, most), floor)
     mixed = singular[:rank, None] * right[:rank]
     whole = torch.cat([layer.weight.double(), layer.bias.double()[:, None]], 1).to(both.device)
     return Factored(
@@ -141,6 +143,19 @@ def factor(weight: Tensor, bias: Tensor, batch: int | None, layer: DenseLayer) -
         responses=mixed @ whole.T,
         excess=beyond / float(singular[rank - 1]),
     )
+
+
+def _usable(singular: Tensor, batch: int, floor: float) -> int:
+    """How many of the first `batch` singular values are signal.
+
+    Those below a gap are not where the last one is as small as what lies beyond the batch: some samples sent nothing.
+    Otherwise all are, noise or not.
+    """
+    above = singular[:batch]
+    steps = above[:-1] / above[1:].clamp_min(1e-300)
+    if float(above[-1]) < 3.0 * floor and len(steps) and float(steps.max()) > 1e3:
+        return int(steps.argmax()) + 1
+    return batch
 
 
 def disaggregate(
@@ -389,6 +404,8 @@ class _Search:
         if not bool(points.isfinite().all()):
             return
         agreed = self._agree(columns, points)
+        if self.floor > NOISELESS and not bool(agreed.all()):
+            agreed = torch.zeros_like(agreed)  # a slightly wrong column would go unnoticed in the others' points
         if self.points is None or int(agreed.sum()) >= self.trusted:
             order = agreed.long().argsort(descending=True, stable=True)
             self.points, self.trusted = points[order], int(agreed.sum())
@@ -399,7 +416,8 @@ class _Search:
         clear = before.abs() > 1e-3 * before.square().mean(1, keepdim=True).sqrt()
         zero = self._zeros(columns)
         off, on = (before < 0) & clear, (before > 0) & clear
-        enough = (off & (self.parts.basis.norm(dim=1) > 0)).sum(1) >= self.parts.rank + 8
+        live = self.parts.basis.norm(dim=1) > 0
+        enough = ((off & live).sum(1) >= self.parts.rank + 2) & (clear.sum(1) >= 2 * self.parts.rank + 16)
         agreed: Tensor = enough & ~(off & ~zero).any(1) & (2 * (on & zero).sum(1) <= on.sum(1))
         return agreed
 
