@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.chain import Activate, Affine, Chain, Convolve, Pool, Reshape, Step, read_chain
+from attacks.dense_layers import behind
 from attacks.disaggregation import DenseLayer, disaggregate
 from attacks.labels import infer_labels
 from fedattack.constraints import (
@@ -97,7 +98,7 @@ class RConv:
         batch = one_step(update, knowledge)
         chain = read_chain(model, update.sent, knowledge.image_shape, generator)
         observed = Observed.of(update, knowledge.learning_rate)
-        samples = dense_inputs(chain, observed, batch, generator)
+        samples = dense_inputs(chain, observed, batch, update, model, knowledge, generator)
         inversion = invert(chain, observed, samples, attack=self, generator=generator, progress=progress)
         images = inversion.images.nan_to_num(0.5, 1.0, 0.0).clamp(0.0, 1.0)
         labels = labels_of(chain, samples, update, model, knowledge, generator)
@@ -177,33 +178,50 @@ class Samples:
     residual: float
 
 
-def dense_inputs(chain: Chain, observed: Observed, batch: int, generator: torch.Generator) -> Samples:
-    """What each sample gave to the first dense layer. One: x = ∂L/∂Wᵀ·∂L/∂b / ‖∂L/∂b‖², by least squares over all rows."""
-    weight, bias, _ = observed.of_layer(chain.dense.name)
+def dense_inputs(
+    chain: Chain,
+    observed: Observed,
+    batch: int,
+    update: Update,
+    model: nn.Module,
+    knowledge: Knowledge,
+    generator: torch.Generator,
+) -> Samples:
+    """What each sample gave to the first dense layer. One: x = ∂L/∂Wᵀ·∂L/∂b / ‖∂L/∂b‖², by least squares over all rows.
+
+    Several: by `attacks.disaggregation`. Raises NotApplicable unless every sample is certain: the equations of a convolution
+    hold for the sum over all of them.
+    """
+    name = chain.dense.name
+    weight, bias, _ = observed.of_layer(name)
     if bias is None:
-        raise NotApplicable(f"the update holds no gradient of the bias of layer {chain.dense.name!r}")
+        raise NotApplicable(f"the update holds no gradient of the bias of layer {name!r}")
     if not bias.abs().max() > 0:
-        raise NotApplicable(f"the bias gradient of layer {chain.dense.name!r} is zero: no row of it saw the image")
-    if batch > 1:
-        return _taken_apart(chain, observed, batch, generator)
-    inputs = (bias @ weight / bias.square().sum())[None]
-    return Samples(inputs, bias[None], 1, relative(weight - bias[:, None] * inputs, weight))
-
-
-def _taken_apart(chain: Chain, observed: Observed, batch: int, generator: torch.Generator) -> Samples:
-    """A batch's samples, all of which must be certain: the equations below hold for the sum over all of them."""
-    dense = chain.dense
-    shape = next((s.before for s in reversed(chain.steps) if isinstance(s, Reshape)), ())
-    layer = DenseLayer(
-        dense.weight,
-        dense.bias,
-        "softmax" if dense.after == "output" else dense.after,
-        (shape[0], shape[1], shape[2]) if len(shape) == 3 else None,
+        raise NotApplicable(f"the bias gradient of layer {name!r} is zero: no row of it saw the image")
+    if batch == 1:
+        inputs = (bias @ weight / bias.square().sum())[None]
+        return Samples(inputs, bias[None], 1, relative(weight - bias[:, None] * inputs, weight))
+    probes = torch.rand((3, *chain.image_shape), generator=generator, dtype=torch.float64).to(weight.device)
+    follows = behind(model, update.sent, name, probes)
+    shape = next((step.before for step in reversed(chain.steps) if isinstance(step, Reshape)), ())
+    image = (shape[0], shape[1], shape[2]) if len(shape) == 3 else None
+    labels = knowledge.labels
+    if labels is None and follows.activation not in ("relu", "softmax"):
+        with suppress(NotApplicable):
+            labels = infer_labels(update, model, knowledge, generator=generator)
+    unscaled = update.kind == "weights" and knowledge.learning_rate is None
+    blind = follows.activation != "relu" and (unscaled or (labels is None and follows.activation != "softmax"))
+    found = disaggregate(
+        *observed.raw_of(name),
+        batch,
+        layer=DenseLayer(chain.dense.weight, chain.dense.bias, follows.activation, image, follows.head),
+        generator=generator,
+        methods="independent" if blind else "auto",
+        labels=labels,
     )
-    found = disaggregate(*observed.raw_of(dense.name), batch, layer=layer, generator=generator)
     if found.exact < batch:
         raise NotApplicable(
-            f"layer {dense.name!r} (Linear) gives {found.exact} of the {batch} images away, and convolutions need all of them"
+            f"layer {name!r} (Linear) gives {found.exact} of the {batch} images away for certain, and convolutions need all"
         )
     return Samples(found.inputs.double(), found.gradients.double(), found.exact, found.residual)
 
