@@ -273,6 +273,35 @@ def test_a_deployment_gives_the_rows_of_the_in_process_engine_and_leaves_nothing
 
 
 @pytest.mark.slow
+def test_a_campaign_on_a_deployment_that_is_up_already(recipe, tmp_path) -> None:
+    """As docker/run does it: register the keys (again), submit from another process, twice; no truth unless asked for."""
+    with Deployment(2, tmp_path / "logs", attack_workers=1) as up:
+        authority, keys = up.site.file("ca.pem"), str(up.site.credentials)
+        enrol = [sys.executable, "-m", "experiments.deployment", up.site.superlink, authority, keys]
+        done = subprocess.run(enrol, capture_output=True, text=True, timeout=120)
+        assert done.stdout.split("\n")[:2] == ["supernode-0 is admitted", "supernode-1 is admitted"], done.stderr
+        there = ["--superlink", up.site.superlink, "--root-certificates", authority, "--ray-address", up.ray_address]
+
+        def campaign(*arguments: str) -> subprocess.CompletedProcess[str]:
+            command = [*COMMAND, "deploy", str(recipe), "--out", str(tmp_path / "run"), *there, *arguments]
+            return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+
+        done = campaign("federation.clients=3", "--wait", "1")
+        assert done.returncode == 1
+        assert "2 of 3 nodes are online" in done.stderr
+        done = campaign()
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = [row for row in rows(tmp_path / "run") if row["kind"] == "attack"]
+        assert [row["status"] for row in found] == ["ok"] * 8
+        assert not list((tmp_path / "run").rglob("truth/*"))
+        assert len(up.flower.online()) == 2
+        again = campaign()
+        assert again.returncode == 0
+        assert [row for row in rows(tmp_path / "run") if row["kind"] == "attack"] == found
+        assert (tmp_path / "run/logs/run.log").read_text().count("[ROUND 1/2]") == 1
+
+
+@pytest.mark.slow
 def test_who_is_refused(tmp_path) -> None:
     """An unknown node key, a stranger's authority, no TLS, a client's secret in the server's place, a key used twice."""
     stranger = tmp_path / "stranger"
