@@ -180,7 +180,11 @@ def disaggregate(
     samples: how many descents and SPEAR proposals a round. `told` hears of rounds done and samples certified. Samples that
     are not found are estimated, see `Disaggregated.exact`. Raises NotApplicable where the rank contradicts the batch size.
     """
-    chosen = _chosen(methods, layer)
+    chosen = _chosen(methods, layer, labels)
+    if "equations" in chosen and layer.head is None and layer.activation != "softmax":
+        raise NotApplicable(
+            f"the layers behind ({layer.activation}) are not known as a function: they give no equations"
+        )
     parts = factor(weight, bias, batch, layer)
     wanted = batch or parts.rank
     if wanted == 1:
@@ -200,11 +204,11 @@ def disaggregate(
     return search.result(weight.double(), bias.double(), wanted)
 
 
-def _chosen(methods: Sequence[str] | str, layer: DenseLayer) -> tuple[str, ...]:
+def _chosen(methods: Sequence[str] | str, layer: DenseLayer, labels: Tensor | None) -> tuple[str, ...]:
     if methods == "auto":
-        if layer.activation == "relu":
-            return ("exclusive", "independent", "descent")
-        return ("independent", "equations") if layer.activation == "softmax" or layer.head else ("independent",)
+        solvable = layer.activation == "softmax" or (layer.head is not None and labels is not None)
+        sparse = ("exclusive", "independent", "descent") if layer.activation == "relu" else ("independent",)
+        return (*sparse, "equations") if solvable else sparse
     named = (methods,) if isinstance(methods, str) else tuple(methods)
     for name in named:
         if name not in METHODS:

@@ -4,8 +4,8 @@ Source: our own construction on the decomposition of SPEAR (Dimitrov et al., Neu
 the Cocktail Party attack (Kariyappa et al., ICML 2023, arXiv 2209.05578).
 Differs from it: independent components of the images' edges start the search. Behind a ReLU their signs say which neurons a
 sample left off, and the columns that vanish there are the samples' gradients: no sampling, so nothing grows exponentially
-with the batch. Before any other stack of layers, or as the last layer, Levenberg-Marquardt solves the equations that the
-layers behind impose on the mixture of B² numbers.
+with the batch. Before any other stack of layers, as the last layer, or where a ReLU leaves too few zeros,
+Levenberg-Marquardt solves the equations that the layers behind impose on the mixture of B² numbers.
 """
 
 from contextlib import suppress
@@ -57,13 +57,12 @@ class Unmixing:
         assert knowledge.batch_size is not None
         batch, labels = knowledge.batch_size, knowledge.labels
         layer, seen = seen_layer(update, model, knowledge, generator)
-        methods: tuple[str, ...] | str = "auto"
-        if batch > 1 and layer.activation not in ("relu", "softmax") and labels is None:
+        if batch > 1 and layer.head is not None and layer.activation != "softmax" and labels is None:
             with suppress(NotApplicable):
                 labels = infer_labels(update, model, knowledge, generator=generator)
-        unscaled = update.kind == "weights" and knowledge.learning_rate is None
-        if layer.activation != "relu" and (unscaled or (labels is None and layer.activation != "softmax")):
-            methods = "independent"  # the equations need the gradient's true size, and labels
+        methods: tuple[str, ...] | str = "auto"
+        if update.kind == "weights" and knowledge.learning_rate is None:  # equations need the gradient's true size
+            methods = ("exclusive", "independent", "descent") if layer.activation == "relu" else "independent"
         found = disaggregate(
             *layer_gradient(update, seen.name, knowledge),
             batch,

@@ -113,6 +113,25 @@ def test_unmixing_is_exact_whatever_follows(make_update, hidden, activation):
     assert float(scores(found, images).min()) > 100
 
 
+def test_unmixing_where_no_relu_ever_switches_off(make_update):
+    """No zeros to look for, but the network is smooth there: the head's equations give the batch."""
+    images, model = pictures(4), mlp(hidden=(40,))
+    with torch.no_grad():
+        model.linear0.bias.fill_(10.0)
+    update = make_update(model, images, torch.tensor([0, 1, 1, 3]))
+    found = run(Unmixing(rounds=1), update, model, 4, labels=torch.tensor([3, 1, 0, 1]))
+    assert found.diagnostics["zero_share"] == 0
+    assert found.diagnostics["exact_images"] == 4
+    assert float(scores(found, images).min()) > 100
+
+
+def test_unmixing_of_a_weight_difference_of_unknown_scale(make_update):
+    """Zeros and signs need no learning rate."""
+    images, model = pictures(4), mlp(hidden=(64, 16))
+    update = make_update(model, images, torch.arange(4), kind="weights", learning_rate=0.3, local_steps=1)
+    assert float(scores(run(Unmixing(), update, model, 4), images).min()) > 60
+
+
 @pytest.mark.parametrize("batch", [1, 5])
 def test_unmixing_float32(make_update, batch):
     images, model = pictures(batch), mlp()

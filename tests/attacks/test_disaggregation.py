@@ -157,6 +157,11 @@ def test_noise_lowers_the_claim_not_the_form():
     assert found.diagnostics["noise"] > 0.01
 
 
+def test_equations_need_what_stands_behind_the_layer():
+    with pytest.raises(NotApplicable, match="give no equations"):
+        Batch(3, 40, 14).taken_apart(methods="equations", labels=torch.arange(3))
+
+
 def test_an_unknown_method_is_named():
     with pytest.raises(FedattackError, match="descent"):
         Batch(2, 24, 9).taken_apart(methods="decent")
