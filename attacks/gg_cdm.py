@@ -10,9 +10,10 @@ the update best is kept. Samplers are DDIM with η ≥ 0 (η = 1 with all steps 
 noise estimate is taken again from the clipped image, as guided-diffusion does. Distances are relative to that of a zero update,
 so that one step_size serves every model. The prior runs in float32.
 guidance = "posterior" is our own: no step along the distance's gradient; instead the clean estimate x̂0 of each step is replaced
-by the mean of p(x0 | x_t, y) for p(x0 | x_t) = N(x̂0, r_t²·I) and the update's likelihood, linearised (attacks/posterior.py).
-Relatives are ΠGDM (Song et al., ICLR 2023) and DiffPIR (Zhu et al., CVPRW 2023); here r_t² is no schedule but Tweedie's
-variance, the trace of ∂x̂0/∂x_t. The mean of all chains is the result: it errs less than a single sample of the posterior.
+by the mean of p(x0 | x_t, y) for p(x0 | x_t) = N(x̂0, C_t) and the update's likelihood, linearised (attacks/posterior.py).
+Relatives are ΠGDM (Song et al., ICLR 2023) and DiffPIR (Zhu et al., CVPRW 2023); here C_t is no schedule, but how far the
+prior's x̂0 is off on public images, cosine by cosine (on its own samples where there are none). The mean of all chains is the
+result: it errs less than a single sample of the posterior.
 """
 
 import math
@@ -27,10 +28,10 @@ from torch import Tensor, nn
 from attacks.labels import infer_labels
 from attacks.matching import DISTANCES, Match, Problem, objective, pose, reconstruction, silence_cost
 from attacks.noise import noise_level
-from attacks.posterior import Equations, Likelihood, linearise
+from attacks.posterior import Cosines, Equations, Likelihood, linearise
 from attacks.starting import first_guess, random_start
 from fedattack.errors import FedattackError, NotApplicable, must, one_of
-from fedattack.priors import Prior, denoise, load_prior, sampling_timesteps, signal_shares, step_noise
+from fedattack.priors import Prior, denoise, load_prior, sample, sampling_timesteps, signal_shares, step_noise
 from fedattack.tasks import Task
 from fedattack.types import Knowledge, Progress, Reconstruction, Update, silent
 
@@ -41,8 +42,14 @@ NOISE = "noise"
 SMALLEST = 1e-8
 """Added to norms that are divided by, as in DSG's code."""
 
-SPREAD = (1e-6, 1.0)
-"""Between these r_t² must lie; images in [−1, 1] have a variance below 1."""
+OWN_STEPS = 100
+"""Of the sampler that makes images where no public ones are known."""
+
+MEASURED = 64
+"""Images on which the prior's errors are measured."""
+
+LEAST = 1e-7
+"""Of such an error, squared: a thousandth of a level of 255."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +64,10 @@ class GGCDM:
     the share `start_at` of the timesteps (SDEdit). guidance "none" is the prior alone, whose first chain is the result.
 
     For guidance "posterior": sigma: standard deviation of the noise on every entry of the (pseudo-)gradient; None: what
-    the known defense says, else read off the residuals. linearisations: along the chain, `iterations` trial steps at the
-    first and a quarter of them at each later one. dense_limit: pixels beyond which conjugate gradients of up to inner_steps
-    iterations replace the Jacobian. average: the mean of the chains is the result, not the one with the least distance.
+    the known defense says, else read off the residuals. linearisations: along the chain, the first where `iterations` trial
+    steps lead, the others at the mean of the chains. dense_limit: pixels beyond which conjugate gradients of up to inner_steps
+    iterations replace the Jacobian. trust: in the prior, whose measured errors C_t are divided by it. average: the mean of the
+    chains is the result, not the one with the least distance; None: for this guidance only.
     """
 
     name: ClassVar[str] = "gg-cdm"
@@ -78,11 +86,12 @@ class GGCDM:
     start_from: str = NOISE
     start_at: float = 0.3
     sigma: float | None = None
-    linearisations: int = 8
-    iterations: int = 40
+    linearisations: int = 4
+    iterations: int = 24
     inner_steps: int = 100
     dense_limit: int = 4096
-    average: bool = True
+    trust: float = 1.0
+    average: bool | None = None
     precision: str | None = None
 
     def __post_init__(self) -> None:
@@ -102,6 +111,8 @@ class GGCDM:
         for name in ("eta", "mixing", "start_at"):
             if not 0 <= getattr(self, name) <= 1:
                 raise FedattackError(must(name, "in [0, 1]", getattr(self, name)))
+        if not self.trust > 0:
+            raise FedattackError(must("trust", "above zero", self.trust))
         for name in ("step_size", "sigma"):
             if (value := getattr(self, name)) is not None and not value >= 0:
                 raise FedattackError(must(name, "zero or positive", value))
@@ -137,9 +148,14 @@ class GGCDM:
             sent = next((t.dtype for t in update.received.values() if t.is_floating_point()), torch.float32)
             known = None if knowledge.defense is None else noise_level(update, knowledge)
             sigma = known if self.sigma is None else self.sigma
-            images, diagnostics = by_posterior(chain, Equations.of_problem(problem, sent), sigma)
+            images, diagnostics = by_posterior(chain, Equations.of(problem, sent), sigma, knowledge.public_images)
         else:
             images, diagnostics = by_gradient(chain)
+        if self.restarts > 1:
+            diagnostics["chain_spread_rms"] = float(images.var(0).mean().sqrt())
+        if self.average or (self.average is None and self.guidance == "posterior"):
+            images = images.mean(0, keepdim=True)
+        images = images.clamp(0.0, 1.0)
         final = chain.distances(images)
         best = 0 if self.guidance == "none" else int(final.nan_to_num(math.inf).argmin())
         history = torch.stack([*chain.history, final if len(final) == self.restarts else final.expand(self.restarts)])
@@ -176,7 +192,7 @@ class Chain:
         progress: Progress,
         first: Tensor | None,
     ) -> None:
-        self.attack, self.problem, self._generator, self._progress = attack, problem, generator, progress
+        self.attack, self.problem, self.generator, self._progress = attack, problem, generator, progress
         self.shape = (attack.restarts, *problem.unknown["images"].shape)
         self.device = next(iter(problem.observed.values())).device
         self.prior = prior.to(torch.float32, self.device)
@@ -202,11 +218,11 @@ class Chain:
 
     def noise(self) -> Tensor:
         """N(0, 1), drawn on the CPU."""
-        return torch.randn(self.shape, generator=self._generator).to(self.device)
+        return torch.randn(self.shape, generator=self.generator).to(self.device)
 
     def clean(self, x: Tensor, now: int) -> Tensor:
         """x̂0, clipped where the attack clips."""
-        found = denoise(self.prior, x.flatten(0, 1), now)[0].reshape(x.shape)
+        found = denoise(self.prior, x.flatten(0, -4), now)[0].reshape(x.shape)
         return found.clamp(-1.0, 1.0) if self.attack.clip else found
 
     def distances(self, images: Tensor) -> Tensor:
@@ -237,7 +253,7 @@ class Chain:
 
 # ------------------------------------------------------------------------------------------------ published guidance
 def by_gradient(chain: Chain) -> tuple[Tensor, dict[str, float]]:
-    """Images (R,B,C,H,W) in [0, 1] of chains led by the gradient of the distance, or by nothing."""
+    """Images (R,B,C,H,W), about in [0, 1], of chains led by the gradient of the distance, or by nothing."""
     attack, x = chain.attack, chain.start
     if not chain.silence > 0:
         raise NotApplicable("the update is zero: there is nothing to be led by")
@@ -258,14 +274,14 @@ def by_gradient(chain: Chain) -> tuple[Tensor, dict[str, float]]:
                 share = attack.mixing * (left if attack.mixing_schedule == "linear" else 1.0)
                 x = mean + on_the_sphere(sigma * chain.noise(), slope, sigma, share)
         chain.told(number, distance)
-    return (0.5 + 0.5 * x.detach().to(chain.problem.dtype)).clamp(0.0, 1.0), {}
+    return 0.5 + 0.5 * x.detach().to(chain.problem.dtype), {}
 
 
-def on_the_sphere(sample: Tensor, slope: Tensor, sigma: float, share: float) -> Tensor:
+def on_the_sphere(drawn: Tensor, slope: Tensor, sigma: float, share: float) -> Tensor:
     """DSG's step: the sampled noise turned by `share` against the slope, both of length σ√n; image by image (…,C,H,W)."""
-    radius: float = sigma * math.prod(sample.shape[-3:]) ** 0.5
+    radius: float = sigma * math.prod(drawn.shape[-3:]) ** 0.5
     best = -radius * slope / (_norm(slope) + torch.finfo(slope.dtype).tiny)
-    mixed = sample + share * (best - sample)
+    mixed = drawn + share * (best - drawn)
     turned: Tensor = radius * mixed / (_norm(mixed) + SMALLEST)
     return turned
 
@@ -276,36 +292,59 @@ def _norm(images: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------ the posterior's mean
-def by_posterior(chain: Chain, equations: Equations, sigma: float | None) -> tuple[Tensor, dict[str, float]]:
-    """Images in [0, 1], (1,B,C,H,W) where chains are averaged, else (R,…), and what is known about their noise."""
-    attack, dtype = chain.attack, chain.problem.dtype
+def by_posterior(
+    chain: Chain, equations: Equations, sigma: float | None, public: Tensor | None
+) -> tuple[Tensor, dict[str, float]]:
+    """Images (R,B,C,H,W), about in [0, 1], of chains led by the posterior's mean; and what is known about the noise."""
+    attack, basis = chain.attack, equations.basis
     total = len(chain.times)
     due = {round(i * (total - 1) / max(attack.linearisations - 1, 1)) for i in range(attack.linearisations)}
+    variances = errors(chain, public, basis) / attack.trust
     x, likelihood, trials = chain.start, None, 0
     means = torch.zeros(0)
     for number, now, then in chain.steps():
-        clean, r2 = tweedie(chain, x, now)
-        anchors = clean.to(dtype).flatten(1)
+        with torch.no_grad():
+            guess = chain.clean(x, now).to(chain.problem.dtype)
+        anchors, spread = basis.forward(guess).flatten(1), variances[number].repeat(chain.shape[1])
         if number in due or likelihood is None:
-            likelihood = _renewed(attack, equations, likelihood, anchors.mean(0), means, r2, sigma)
+            likelihood = _renewed(attack, equations, likelihood, anchors.mean(0), means, spread, sigma)
             trials += likelihood.trials
-        means = likelihood.mean(anchors, r2)
-        clean = means.reshape(x.shape).to(x.dtype)
+        means = likelihood.mean(anchors, spread)
+        clean = basis.back(means.reshape(x.shape))
         clean = clean.clamp(-1.0, 1.0) if attack.clip else clean
-        mean, spread = chain.moved(x, clean, now, then)
-        x = mean + spread * chain.noise()
-        chain.told(number, chain.distances(0.5 + 0.5 * clean.to(dtype)))
+        mean, noise = chain.moved(x, clean.to(x.dtype), now, then)
+        x = mean + noise * chain.noise()
+        chain.told(number, chain.distances(0.5 + 0.5 * clean))
     assert likelihood is not None
-    ends = means.mean(0, keepdim=True) if attack.average else means
-    images = (0.5 + 0.5 * ends.reshape(len(ends), *chain.shape[1:])).clamp(0.0, 1.0)
-    spread_of_chains = float(means.std(0).square().mean().sqrt()) / 2 if len(means) > 1 else math.nan
-    count = len(equations.observed)
-    return images, {
+    images = 0.5 + 0.5 * basis.back(means.reshape(x.shape))
+    diagnostics = {
         "noise_std": likelihood.sigma,
-        "chi_square": likelihood.misfit / (likelihood.sigma**2 * count),
-        "chain_spread_rms": spread_of_chains,
+        "chi_square": likelihood.misfit / (likelihood.sigma**2 * len(equations.observed)),
         "trials": float(trials),
     }
+    return images, diagnostics
+
+
+@torch.no_grad()
+def errors(chain: Chain, public: Tensor | None, basis: Cosines) -> Tensor:
+    """(steps, C·H·W) mean squares of x̂0 − x0 at every timestep of the chain, coefficient by coefficient, images in [−1, 1].
+
+    public (N,C,H,W) in [0, 1]; None: of images that the prior itself makes.
+    """
+    prior, shape = chain.prior, chain.shape[2:]
+    if public is None or not len(public):
+        latent = torch.randn((MEASURED, *shape), generator=chain.generator).to(chain.device)
+        steps = min(OWN_STEPS, prior.task.num_train_timesteps)
+        images = sample(prior, latent, steps=steps, clip=True).clamp(-1.0, 1.0)
+    else:
+        images = 2.0 * public[:MEASURED].to(chain.device, torch.float32) - 1.0
+    rows = []
+    for now in chain.times:
+        a = signal_shares(prior.task, now, -1)[0]
+        noise = torch.randn(images.shape, generator=chain.generator).to(chain.device)
+        off = chain.clean(a**0.5 * images + (1 - a) ** 0.5 * noise, now) - images
+        rows.append(basis.forward(off.to(chain.problem.dtype)).square().mean(0).reshape(-1))
+    return torch.stack(rows).clamp_min(LEAST)
 
 
 def _renewed(
@@ -314,34 +353,17 @@ def _renewed(
     before: Likelihood | None,
     anchor: Tensor,
     means: Tensor,
-    r2: float,
+    variances: Tensor,
     sigma: float | None,
 ) -> Likelihood:
     return linearise(
         equations,
         anchor if before is None else means.mean(0),
         anchor,
-        r2,
+        variances,
         sigma=sigma,
         assumed=None if before is None else before.sigma,
-        iterations=attack.iterations if before is None else max(1, attack.iterations // 4),
+        iterations=attack.iterations if before is None else 0,
         inner=attack.inner_steps,
         dense_limit=attack.dense_limit,
     )
-
-
-def tweedie(chain: Chain, x: Tensor, now: int) -> tuple[Tensor, float]:
-    """x̂0 and the mean variance r² of a pixel around it, by one random probe of the Jacobian's trace.
-
-    Cov(x0 | x_t) = (1 − ᾱ)/√ᾱ · ∂x̂0/∂x_t (Efron 2011; Meng, Song, Li, Ermon, NeurIPS 2021).
-    """
-    a = signal_shares(chain.prior.task, now, -1)[0]
-    probe = chain.noise().sign()
-    with torch.enable_grad():
-        at = x.detach().requires_grad_()
-        clean = denoise(chain.prior, at.flatten(0, 1), now)[0].reshape(x.shape)
-        pulled = torch.autograd.grad((probe * clean).sum(), at)[0]
-    r2 = (1 - a) / a**0.5 * float((probe * pulled).mean())
-    clean = clean.detach().clamp(-1.0, 1.0) if chain.attack.clip else clean.detach()
-    low, high = SPREAD
-    return clean, min(max(r2, low), high, (1 - a) / a)
