@@ -64,6 +64,8 @@ MAX_DELAY_SECONDS = 20.0
 """A component that died is started again after 1, 2, 4, … seconds. The SuperLink refuses a node whose former process it still
 takes to be alive, which is up to a minute after it was killed."""
 STOP_SECONDS = 10.0
+ASK_SECONDS = 15.0
+LOOK_SECONDS = 1.0
 MARK = "FEDATTACK_DEPLOYMENT"
 """Environment variable that every process of one deployment carries, so that none is missed at the end."""
 
@@ -131,15 +133,18 @@ class Flower:
 
     def _json(self, *arguments: str, check: bool = True) -> dict[str, Any]:
         command = ["flwr", *arguments, "--format", "json"]
-        done = subprocess.run(
-            command,
-            env=self._environment(),
-            cwd=self.home,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        try:
+            done = subprocess.run(
+                command,
+                env=self._environment(),
+                cwd=self.home,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise DeploymentError(f"flwr {arguments[0]} {arguments[1]} did not answer in 120 seconds") from error
         try:
             answer: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
         except ValueError:
@@ -192,6 +197,8 @@ run-dir = ""
 overrides = ""
 command = ""
 witness = false
+ray-address = ""
+ray-resource = ""
 """.encode(),
     )
     return folder
@@ -506,9 +513,6 @@ def run_deployed(
     goes on. An interrupt stops the run.
     """
     require_deployable(experiment)
-    if ray_address:
-        pool = experiment.pool.model_copy(update={"address": ray_address, "resource": ATTACK_RESOURCE})
-        experiment = experiment.model_copy(update={"pool": pool})
     if retry_failed:
         forget_failures(run, experiment)
     recipe = run.path / "recipe.toml"
@@ -517,35 +521,24 @@ def run_deployed(
     begun = time.time()
     with tempfile.TemporaryDirectory(prefix="fedattack-app-") as bundle:
         command = "fedattack " + shlex.join(sys.argv[1:])
-        told = {"config": str(recipe), "run-dir": str(run.path), "command": command, "witness": witness}
+        told: dict[str, str | bool] = {"config": str(recipe), "run-dir": str(run.path), "command": command}
+        told |= {"witness": witness, "ray-address": ray_address, "ray-resource": ATTACK_RESOURCE if ray_address else ""}
         run_id = flower.submit(make_bundle(Path(bundle)), told)
-    private_folder(run.path / "logs")
-    log_file = run.path / "logs" / "run.log"
-    follower = flower.follow(run_id, log_file)
-    asked = time.monotonic()
+    log_file = private_folder(run.path / "logs") / "run.log"
+
+    def look() -> None:
+        _heed()
+        watch()
+        history.tell()
+        if on_status is not None:
+            on_status(pool_status(run))
+
     try:
-        while True:
-            _heed()
-            watch()
-            history.tell()
-            if on_status is not None:
-                on_status(pool_status(run))
-            if follower.poll() is not None or time.monotonic() - asked > 15.0:
-                status, details = flower.verdict(run_id)
-                if status.startswith("finished"):
-                    break
-                asked = time.monotonic()
-                if follower.poll() is not None:
-                    time.sleep(1.0)
-                    follower = flower.follow(run_id, log_file)
-            time.sleep(0.5)
+        status, details = _wait(flower, run_id, log_file, look)
     except BaseException:
         with suppress(Exception):
             flower.stop(run_id)
         raise
-    finally:
-        follower.terminate()
-        follower.wait()
     history.tell()
     if status != "finished:completed":
         raise DeploymentError(
@@ -555,6 +548,37 @@ def run_deployed(
         raise DeploymentError(f"the run ended without a report; the end of {log_file}:\n{_tail(log_file)}")
     statuses = Counter(str(row["status"]) for row in read_rows(run.rows) if row.get("kind") == "attack")
     return Summary(run, run.report, dict(statuses), lost=_lost(run, experiment))
+
+
+def _wait(flower: Flower, run_id: int, log_file: Path, look: Callable[[], None]) -> tuple[str, str]:
+    """The run's verdict once it has ended. Its log ends when it does, so Flower is asked then, and now and then anyway.
+
+    Flower's answers may fail on a busy machine; the third failure in a row is an error.
+    """
+    follower, asked, failures = flower.follow(run_id, log_file), time.monotonic(), 0
+    try:
+        while True:
+            look()
+            over = follower.poll() is not None
+            if over or time.monotonic() - asked > ASK_SECONDS:
+                try:
+                    status, details = flower.verdict(run_id)
+                    failures = 0
+                except DeploymentError:
+                    failures += 1
+                    if failures == 3:
+                        raise
+                    status, details = "unknown", ""
+                if status.startswith("finished"):
+                    return status, details
+                asked = time.monotonic()
+                if over:
+                    time.sleep(1.0)
+                    follower = flower.follow(run_id, log_file)
+            time.sleep(LOOK_SECONDS)
+    finally:
+        follower.terminate()
+        follower.wait()
 
 
 def _lost(run: RunFolder, experiment: Experiment) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """The engines that run the same ServerApp and ClientApp: in this process, and in Flower's simulation.
 
-The third way, `flwr run .` and deployments, goes through the `app` objects of strategies/server_app.py and
-clients/client_app.py and needs nothing from here.
+The other ways, `flwr run .` and deployments (experiments/deployment.py starts one), go through the `app` objects of
+strategies/server_app.py and clients/client_app.py and need nothing from here.
 """
 
 import os

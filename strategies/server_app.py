@@ -76,6 +76,14 @@ def require_deployable(experiment: Experiment) -> None:
         raise ConfigError("federation.mods: secaggplus needs engine = 'in-process' or 'simulation', not `flwr run`")
 
 
+def on_cluster(experiment: Experiment, run_config: Mapping[str, Any]) -> Experiment:
+    """The experiment with its attacks on the Ray cluster that the run config names, if it names one (it is no setting that
+    would belong into the run folder)."""
+    address, resource = (str(run_config.get(key, "")) for key in ("ray-address", "ray-resource"))
+    pool = experiment.pool.model_copy(update={"address": address, "resource": resource})
+    return experiment.model_copy(update={"pool": pool}) if address else experiment
+
+
 app = ServerApp()
 
 
@@ -91,5 +99,6 @@ def main(grid: Grid, context: Context) -> None:
     simulated = _simulated(grid)
     command = str(context.run_config.get("command", "")) or "flwr run ."
     begun = begin_run(run, experiment, engine="flwr run" if simulated else "deployment", command=command)
-    serve(grid, experiment, run, witness=simulated or bool(context.run_config.get("witness", False)))
+    attacked = on_cluster(experiment, context.run_config)
+    serve(grid, attacked, run, witness=simulated or bool(context.run_config.get("witness", False)))
     finish_run(run, experiment, begun)

@@ -175,6 +175,50 @@ def test_a_component_that_keeps_dying_ends_the_deployment_with_its_log(tmp_path,
     assert (tmp_path / "log").read_text().split("\n").count("no such key") == 1 + deployment.MAX_RESTARTS
 
 
+class Unwell:
+    """Flower's commands on a bad day: `answers` are verdicts, an exception is raised."""
+
+    def __init__(self, *answers) -> None:
+        self.answers, self.stopped = list(answers), []
+
+    def submit(self, bundle: Path, config: dict) -> int:
+        return 7
+
+    def follow(self, run_id: int, log_file: Path) -> subprocess.Popen:
+        return subprocess.Popen(["true"])
+
+    def verdict(self, run_id: int) -> tuple[str, str]:
+        answer = self.answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def stop(self, run_id: int) -> None:
+        self.stopped.append(run_id)
+
+
+DEAF = DeploymentError("flwr ls did not answer")
+
+
+@pytest.mark.parametrize(
+    ("answers", "said", "stopped"),
+    [
+        ([DEAF, DEAF, ("finished:failed", "no heartbeat")], "finished:failed: no heartbeat", []),
+        ([DEAF, DEAF, DEAF], "did not answer", [7]),
+        ([("running", ""), ("finished:completed", "")], "without a report", []),
+    ],
+)
+def test_flowers_verdict_is_heeded_and_a_busy_machine_forgiven(
+    recipe, tmp_path, monkeypatch, answers, said, stopped
+) -> None:
+    monkeypatch.setattr(deployment, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(deployment.time, "sleep", lambda seconds: None)
+    flower = Unwell(*answers)
+    with pytest.raises(DeploymentError, match=said):
+        run_deployed(load_config(recipe), RunFolder(tmp_path / "run"), flower)
+    assert flower.stopped == stopped
+
+
 def test_what_may_not_die_is_not_started_again(tmp_path) -> None:
     once = Component("once", [sys.executable, "-c", ""], tmp_path / "log", tmp_path / "home")
     once.start()
@@ -262,6 +306,8 @@ def test_a_deployment_gives_the_rows_of_the_in_process_engine_and_leaves_nothing
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert sum(row["kind"] == "attack" and row["status"] == "ok" for row in rows(run)) == 8
     assert rows(run) == rows(tmp_path / "inside")
+    assert load_config(run / "config.toml").pool == load_config(recipe).pool  # the cluster of the day is no setting
+    assert (run / "workers/0.json").exists()  # which only attack workers on Ray write
     assert set(marked()) <= before
     temporary.rmdir()  # nothing is left in it
     assert read_json(run / "about.json")["engine"] == "deployment"
