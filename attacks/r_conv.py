@@ -44,6 +44,9 @@ MARGIN = 4 * torch.finfo(torch.float64).eps
 CANDIDATES, FLIPS = 16, 3
 """Outputs of a filter whose slope is in doubt, and how many of them may turn out otherwise than they look."""
 
+NOISY = 30.0
+"""Times the rounding errors of an update, from which on what does not fit its dense layer is noise."""
+
 BRANCH = 1e-5
 """Relative error of a bias gradient above which SiLU and GELU are taken to have been left of their minimum."""
 
@@ -99,6 +102,8 @@ class RConv:
         chain = read_chain(model, update.sent, knowledge.image_shape, generator)
         observed = Observed.of(update, knowledge.learning_rate)
         samples = dense_inputs(chain, observed, batch, update, model, knowledge, generator)
+        weight = observed.of_layer(chain.dense.name)[0]
+        observed = observed.heard(chain.dense.name, weight - samples.gradients.mT @ samples.inputs)
         inversion = invert(chain, observed, samples, attack=self, generator=generator, progress=progress)
         images = inversion.images.nan_to_num(0.5, 1.0, 0.0).clamp(0.0, 1.0)
         labels = labels_of(chain, samples, update, model, knowledge, generator)
@@ -159,10 +164,25 @@ class Observed:
             raise NotApplicable(f"the update holds no gradient of layer {layer!r} (frozen, or not sent)")
         return self.gradient[weight], self.gradient.get(bias), self.accuracy[weight]
 
+    def heard(self, layer: str, residual: Tensor) -> "Observed":
+        """With the noise that a dense layer's residual of rank one shows, taken to be as large in every other tensor."""
+        weight, _, accuracy = self.of_layer(layer)
+        rows, columns = weight.shape
+        freedom = (rows - 1) * (columns - 1)
+        sigma = float(residual.norm()) / freedom**0.5 if freedom else 0.0
+        if not sigma > NOISY * accuracy * _rms(weight):
+            return self
+        noise = {name: min(1.0, sigma / max(_rms(tensor), 1e-300)) for name, tensor in self.gradient.items()}
+        return replace(self, accuracy={name: max(self.accuracy[name], noise[name]) for name in noise})
+
     def raw_of(self, layer: str) -> tuple[Tensor, Tensor]:
         """Gradients of a layer's weight and bias in the type in which they arrived."""
         weight, bias = (f"{layer}.{part}" if layer else part for part in ("weight", "bias"))
         return self.raw[weight], self.raw[bias]
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.square().mean().sqrt()) if tensor.numel() else 0.0
 
 
 @dataclass(frozen=True)
@@ -399,9 +419,19 @@ def _deactivate(front: _Front, step: Activate, accuracy: float, total: _Total | 
 
 
 def threshold(outputs: Tensor, accuracy: float) -> float:
-    """Outputs of a ReLU below this are zeros with an error: thrice the largest error that is seen below zero."""
+    """Outputs of a ReLU below this are zeros with an error.
+
+    The errors that are seen below zero tell their size: the largest of them, or up to thrice that as long as hardly one
+    active output is so small (these being spread evenly over their root mean square).
+    """
     below = float((-outputs).clamp_min(0.0).max())
-    return max(3.0 * below, accuracy * float(outputs.abs().max()))
+    if not below > 0:
+        return accuracy * float(outputs.abs().max())
+    active = outputs[outputs > below]
+    if not len(active):
+        return below
+    rare = 0.05 * float(active.square().mean().sqrt()) / len(active)
+    return max(below, min(3.0 * below, rare))
 
 
 def settle(
