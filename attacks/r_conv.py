@@ -515,7 +515,7 @@ def _solve(
     weights = _weight_constraints(front, step)
     solved = _choose(gradient, weights, accuracy, attack)
     if attack.constraints == "auto" and not solved.spectrum.full:
-        solved = pinch(solved, *_range(below, solved.inputs), _inequalities(front, step), generator)
+        solved = pinch(solved, *_range(below, solved.inputs), _inequalities(front, step), generator, accuracy)
     first = not any(isinstance(other, Convolve) for other in below)
     shape, batch = step.shape, gradient.batch
     alive = int((front.gradient != 0).any(3).any(2).any(0).sum())

@@ -682,12 +682,17 @@ def _responses(split: Split, weights: WeightConstraints) -> Tensor:
 
 
 def pinch(
-    solved: Solved, low: Tensor, high: Tensor, below: WeightConstraints | None, generator: torch.Generator
+    solved: Solved,
+    low: Tensor,
+    high: Tensor,
+    below: WeightConstraints | None,
+    generator: torch.Generator,
+    accuracy: float = torch.finfo(torch.float64).eps,
 ) -> Solved:
     """Fix what a system leaves open by low ≤ inputs ≤ high (like inputs) and, where `below.trust` > 0, W ∗ x ≤ below.target.
 
     Linear programs in the open directions, with random objectives and their opposites: where all have one solution it is the
-    only one that fits, and is returned with full rank, polished on the inequalities that bind. Else `solved` itself.
+    only one that fits (to `accuracy`), and is returned with full rank, polished on the inequalities that bind. Else `solved`.
     """
     if solved.free is None or solved.spectrum.full or len(solved.free) > PINCHED:
         return solved
@@ -708,7 +713,7 @@ def pinch(
         return solved
     matrix, limit = torch.cat(rows), torch.cat(limits)
     size = float(solved.inputs.abs().max())
-    slack = 1e-9 * size
+    slack, same = max(1e-9, 30.0 * accuracy) * size, max(1e-5, 5e4 * accuracy) * size
     found: list[Tensor] = []
     for _ in range(2):
         objective = torch.randn(len(free), generator=generator, dtype=torch.float64)
@@ -719,14 +724,22 @@ def pinch(
             if answer.status != 0:
                 return solved
             found.append(torch.from_numpy(answer.x).to(matrix))
-            if not float((found[-1] - found[0]).abs().max()) <= 1e-5 * size:
+            if not float((found[-1] - found[0]).abs().max()) <= same:
                 return solved
     middle = torch.stack(found).mean(0)
-    binding = (matrix @ middle - limit).abs() < 1e-5 * size
-    if int(binding.sum()) < len(free):
-        return solved
-    polished = torch.linalg.lstsq(matrix[binding], limit[binding, None], driver="gelsd").solution[:, 0]
-    if not float((polished - middle).abs().max()) <= 1e-4 * size:
+    binding, polished = (matrix @ middle - limit).abs() < same, middle
+    for _ in range(20):  # drop those that only seemed to bind
+        if int(binding.sum()) < len(free):
+            return solved
+        polished = torch.linalg.lstsq(matrix[binding], limit[binding, None], driver="gelsd").solution[:, 0]
+        gap = (matrix @ polished - limit).abs()
+        worst = float(gap[binding].max())
+        if worst <= 100.0 * slack:
+            break
+        binding = binding & (gap < 0.5 * worst)
+    outside = float((matrix @ polished - limit).max())
+    off = float((matrix[binding] @ polished - limit[binding]).abs().max())
+    if not max(outside, off) <= 100.0 * slack:
         return solved
     inputs = solved.inputs + torch.einsum("k,kbchw->bchw", polished, free)
     old = solved.spectrum
