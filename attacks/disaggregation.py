@@ -280,10 +280,12 @@ class _Search:
                 else:
                     self._add(sample(basis, samples, self.generator))
                 known = self._selected()
-                self._certify(known)
+                agreed = self._certify(known)
                 if self.trusted == rank:
                     self.method = method
                     return
+                if agreed is not None and bool(agreed.any()):
+                    known = known[agreed]
             if turn < rounds:
                 told(turn, rounds, self.trusted)
         self._complete(known)
@@ -386,7 +388,8 @@ class _Search:
         zero = self._zeros(pool)
         _, wrong = halfspaces(self.parts.responses[:, live], ~zero[:, live])
         fine = wrong <= MISFITS * int(live.sum())
-        pool = pool[fine][zero[fine].sum(1).argsort(descending=True, stable=True)]
+        merit = zero.sum(1) - 8 * wrong
+        pool = pool[fine][merit[fine].argsort(descending=True, stable=True)]
         taken: list[Tensor] = []
         span = pool.new_zeros(self.parts.rank, 0)
         for column in pool:
@@ -399,20 +402,21 @@ class _Search:
                     break
         return torch.stack(taken) if taken else pool[:0]
 
-    def _certify(self, columns: Tensor) -> None:
-        """With r columns the points follow; count the samples whose zeros and signs agree."""
+    def _certify(self, columns: Tensor) -> Tensor | None:
+        """With r columns the points follow; which samples' zeros and signs agree, (r,) bool. Keeps the points if it is best."""
         if len(columns) < self.parts.rank:
-            return
+            return None
         points = torch.linalg.inv(columns.T)
         points = points / (points @ self.parts.mixed[:, -1])[:, None]
         if not bool(points.isfinite().all()):
-            return
+            return None
         agreed = self._agree(columns, points)
         if self.floor > NOISELESS and not bool(agreed.all()):
             agreed = torch.zeros_like(agreed)  # a slightly wrong column would go unnoticed in the others' points
         if self.points is None or int(agreed.sum()) >= self.trusted:
             order = agreed.long().argsort(descending=True, stable=True)
             self.points, self.trusted = points[order], int(agreed.sum())
+        return agreed
 
     def _agree(self, columns: Tensor, points: Tensor) -> Tensor:
         """For each pair of a column and a point, (n, r) each: is it a sample? (n,) bool."""
