@@ -156,11 +156,18 @@ class ThreatSettings(_Section):
         return visible_fields(self.model, self.reveal, self.hide)
 
 
+PRIOR_ALONE, UNRELATED = "prior-alone", "unrelated-update"
+CONTROLS = (PRIOR_ALONE, UNRELATED)
+"""What an attack led by an update must beat, or its prior's own quality is taken for leakage: the same chain led by nothing,
+and led by another client's update of the same round."""
+
+
 class AttackSettings(BaseModel):
-    """One attack: its name, and any of its parameters beside it."""
+    """One attack: its name, and any of its parameters beside it. `controls = true` adds its controls, see CONTROLS."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str
+    control: Literal["", "prior-alone", "unrelated-update"] = Field("", description="set by controls = true")
 
     @property
     def parameters(self) -> Options:
@@ -169,6 +176,11 @@ class AttackSettings(BaseModel):
     @property
     def spec(self) -> str:
         return format_spec(self.name, self.parameters)
+
+    @property
+    def shown(self) -> str:
+        """The name in rows and reports."""
+        return f"{self.name}, {self.control}" if self.control else self.name
 
 
 class PoolSettings(_Section):
@@ -222,7 +234,7 @@ class Settings(_Section):
     def _attack_names(cls, raw: Any) -> Any:
         """Allow attack = ["dlg", {name = "idlg", iterations = 10}]."""
         if isinstance(raw, dict) and isinstance(raw.get("attack"), list | tuple):
-            raw = raw | {"attack": [_attack_table(item) for item in raw["attack"]]}
+            raw = raw | {"attack": [table for item in raw["attack"] for table in _with_controls(_attack_table(item))]}
         return raw
 
     @property
@@ -413,6 +425,10 @@ def check_settings(settings: Settings, source: _Source | None = None) -> list[st
             if not isinstance(error, UnknownName):
                 problems.append(source.at(f"{key}: {error}"))
             continue
+        if attack.control == UNRELATED and federation.clients < 2:
+            problems.append(
+                source.at(f"{key}: controls need another client's update: federation.clients must be at least 2")
+            )
         if settings.task.name in TASKS and settings.task.name not in found.tasks:
             problems.append(source.at(f"{key}: {attack.name} attacks {', '.join(sorted(found.tasks))} only"))
     return problems
@@ -526,6 +542,17 @@ def _attack_table(item: Any) -> Any:
         return item
     name, parameters = parse_spec(item)
     return {"name": name, **parameters}
+
+
+def _with_controls(table: Any) -> list[Any]:
+    """An attack, and behind it its controls where it asks for them."""
+    if not isinstance(table, dict) or not isinstance(table.get("controls"), bool):
+        return [table]
+    attack = {key: value for key, value in table.items() if key != "controls"}
+    if not table["controls"]:
+        return [attack]
+    alone = {key: attack[key] for key in ("name", "sampling_steps", "eta", "clip", "precision") if key in attack}
+    return [attack, alone | {"guidance": "none", "control": PRIOR_ALONE}, attack | {"control": UNRELATED}]
 
 
 def _merge(below: Any, above: Any) -> Any:

@@ -5,7 +5,7 @@ Job ids are a function of what is attacked and how, so planning twice gives the 
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from inspect import getsourcefile
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedattack import provenance
 from fedattack.checkpoints import best_weights, digest_of
-from fedattack.config import FINAL, AttackSettings, Settings
+from fedattack.config import FINAL, UNRELATED, AttackSettings, Settings
 from fedattack.jobs import Job, save_knowledge
 from fedattack.knowledge import ORACLES, build_knowledge
 from fedattack.registry import ATTACKS, DEFENSES
@@ -113,7 +113,39 @@ def prior_of(settings: Settings, folder: FederationFolder) -> str:
 
 
 def plan_jobs(settings: Settings, run: RunFolder, update_path: Path, *, timeout_seconds: float) -> list[Job]:
-    """One job for every attack of the cell on one update; the oracles of the threat model are looked up here, by name."""
+    """One job for every attack of the cell on one update; the oracles of the threat model are looked up here, by name.
+
+    A control led by another client's update is planned once both are there, that of the first client of a round with the
+    second's.
+    """
+    unrelated = [attack for attack in settings.attack if attack.control == UNRELATED]
+    others = [attack for attack in settings.attack if attack.control != UNRELATED]
+    jobs = _jobs(settings, run, others, update_path, update_path, timeout_seconds)
+    if unrelated:
+        for target, other in _strangers(run.federation(settings.federation_id), update_path):
+            jobs += _jobs(settings, run, unrelated, other, target, timeout_seconds)
+    return jobs
+
+
+def _strangers(folder: FederationFolder, path: Path) -> list[tuple[Path, Path]]:
+    """(update, another client's of the same round) that can be paired now that `path` is there: each with the one before it."""
+    behind = path.stem.rpartition("-round-")[2]
+    same = [other for other in updates_of(folder) if other.stem.rpartition("-round-")[2] == behind]
+    place = next((i for i, other in enumerate(same) if other.name == path.name), 0)
+    if place == 0:
+        return []
+    return [(path, same[place - 1]), *([(same[0], path)] if place == 1 else [])]
+
+
+def _jobs(
+    settings: Settings,
+    run: RunFolder,
+    attacks: Sequence[AttackSettings],
+    update_path: Path,
+    target: Path,
+    timeout_seconds: float,
+) -> list[Job]:
+    """Jobs on the update at `update_path` that are scored against the truth behind `target`."""
     folder = run.federation(settings.federation_id)
     update, context = load_update(update_path)
     visible = settings.threat.visible()
@@ -138,7 +170,7 @@ def plan_jobs(settings: Settings, run: RunFolder, update_path: Path, *, timeout_
     known = sorted(knowledge.known() | {name for name, given in files.items() if given})
     return [
         Job(
-            job=job_id(settings, update_path, attack),
+            job=job_id(settings, target, attack),
             update=str(update_path.resolve()),
             attack=attack.name,
             parameters=attack.parameters,
@@ -150,8 +182,8 @@ def plan_jobs(settings: Settings, run: RunFolder, update_path: Path, *, timeout_
             seed=settings.seed,
             timeout_seconds=timeout_seconds,
             facts={
-                **row_facts(settings, update),
-                "attack": attack.name,
+                **row_facts(settings, update if target == update_path else load_update(target)[0]),
+                "attack": attack.shown,
                 "attack_spec": attack.spec,
                 "knowledge": known,
                 "oracles": sorted(set(known) & ORACLES),
@@ -159,7 +191,7 @@ def plan_jobs(settings: Settings, run: RunFolder, update_path: Path, *, timeout_
                 "prior_data": _prior_data(settings, knowledge.prior),
             },
         )
-        for attack in settings.attack
+        for attack in attacks
     ]
 
 
@@ -189,6 +221,8 @@ def job_id(settings: Settings, update_path: Path, attack: AttackSettings) -> str
         how.append(settings.threat.prior)
     if settings.threat.history:
         how.append(["history", settings.threat.history])
+    if attack.control:
+        how.append(["control", attack.control])
     digest = _digest([*how, _own_source(attack.name)])
     return f"{settings.federation_id}--{update_path.stem}--{attack.name.replace(':', '.')}-{digest}"
 

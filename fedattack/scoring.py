@@ -55,7 +55,7 @@ def _cell_rows(run: RunFolder, settings: Settings, lpips: Sequence[str], floors:
     if not updates:
         nothing = "no update was copied" + (": see the incidents" if folder.incidents.exists() else " yet")
         facts = cell_facts(settings) | {"kind": "attack", "status": "failed", "error": nothing, "oracles": []}
-        yield from (facts | {"attack": attack.name, "attack_spec": attack.spec} for attack in settings.attack)
+        yield from (facts | {"attack": attack.shown, "attack_spec": attack.spec} for attack in settings.attack)
     for update_path in updates:
         truth = read_truth(folder, update_path)
         floor = floors.row(settings, update_path) if settings.attack else None
@@ -84,11 +84,18 @@ def _attack_row(
 ) -> Row:
     """The row of an attack on an update; status "pending" while its job has no outcome."""
     job_name = job_id(settings, update_path, attack)
+    kind = "baseline" if attack.control else "attack"
     outcome = load_outcome(run.results, job_name)
     if outcome is None:
         client, _, number = update_path.stem.rpartition("-round-")
-        who = {"client": client, "round": int(number), "attack": attack.name, "attack_spec": attack.spec, "oracles": []}
-        pending = {"job": job_name, "kind": "attack", "status": "pending", "error": "not run yet: start the run again"}
+        who = {
+            "client": client,
+            "round": int(number),
+            "attack": attack.shown,
+            "attack_spec": attack.spec,
+            "oracles": [],
+        }
+        pending = {"job": job_name, "kind": kind, "status": "pending", "error": "not run yet: start the run again"}
         return cell_facts(settings) | who | pending
     kept = run.scores / f"{job_name}.json"
     if (
@@ -101,7 +108,7 @@ def _attack_row(
     row = {
         **job.facts,
         "job": job_name,
-        "kind": "attack",
+        "kind": kind,
         "status": outcome.status,
         "error": outcome.error,
         "seconds": outcome.seconds,

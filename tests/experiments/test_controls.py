@@ -1,0 +1,114 @@
+"""Controls of attacks that an update leads, and a prior that was trained on the very images under attack: both are said."""
+
+import pytest
+import torch
+
+from experiments.campaign import run_campaign
+from fedattack.config import UNRELATED, ConfigError, load_config, parse_config, to_toml
+from fedattack.data import load_dataset
+from fedattack.jobs import Job
+from fedattack.metrics import psnr_db
+from fedattack.prior_training import PriorSettings, train_prior
+from fedattack.store import load_reconstruction, read_rows, read_tensors
+
+SETTINGS = {"guidance": "posterior", "sampling_steps": 4, "linearisations": 1}
+
+
+@pytest.fixture(scope="module")
+def prior(tmp_path_factory):
+    """Trained on the clients' own images: no attacker would have it."""
+    folder = tmp_path_factory.mktemp("priors") / "overlapping"
+    settings = PriorSettings("patches", split="private", size=8, channels=(8, 16), steps=2, batch=4, timesteps=20)
+    train_prior(settings, folder, samples=0)
+    return folder
+
+
+def config(prior, **changes):
+    raw = {
+        "name": "controls",
+        "data": {"options": {"image_size": 8}},
+        "federation": {"clients": 3, "rounds": 1},
+        "score": {"lpips": [], "floor": "off"},
+        "model": {"name": "mlp", "options": {"hidden": [16], "activation": "sigmoid"}},
+        "threat": {"prior": str(prior)},
+        "attack": [{"name": "gg-cdm", "controls": True, **SETTINGS}],
+    }
+    return parse_config(raw | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(prior, tmp_path_factory):
+    """(run, rows, page) of three clients that are attacked with controls."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    summary = run_campaign(config(prior), tmp_path_factory.mktemp("runs") / "run")
+    torch.set_num_threads(threads)
+    return summary.run, list(read_rows(summary.run.rows)), summary.report.read_text()
+
+
+def test_one_setting_adds_both_controls_and_survives_a_round_trip(prior, tmp_path):
+    made = config(prior)
+    (cell,) = made.cells
+    assert [(attack.shown, attack.parameters) for attack in cell.attack] == [
+        ("gg-cdm", SETTINGS),
+        ("gg-cdm, prior-alone", {"sampling_steps": 4, "guidance": "none"}),
+        ("gg-cdm, unrelated-update", SETTINGS),
+    ]
+    (tmp_path / "c.toml").write_text(to_toml(made))
+    assert load_config(tmp_path / "c.toml").cells == made.cells
+    assert len(config(prior, attack=[{"name": "gg-cdm", "controls": False}]).cells[0].attack) == 1
+
+
+def test_controls_that_cannot_be_are_refused(prior):
+    with pytest.raises(ConfigError, match="controls need another client's update"):
+        config(prior, federation={"clients": 1, "rounds": 1})
+    with pytest.raises(ConfigError, match="guidance"):
+        config(prior, attack=[{"name": "dlg", "controls": True}])
+
+
+def test_every_update_has_both_controls_as_baselines(finished):
+    _, rows, page = finished
+    kinds = {(row["attack"], row["kind"], row["status"]) for row in rows if row["attack"].startswith("gg-cdm")}
+    names = ("gg-cdm, prior-alone", "gg-cdm, unrelated-update")
+    assert kinds == {("gg-cdm", "attack", "ok"), *((name, "baseline", "ok") for name in names)}
+    for name in ("gg-cdm", *names):
+        assert sorted(row["client"] for row in rows if row["attack"] == name) == ["client-0", "client-1", "client-2"]
+        assert name in page
+    mean = {name: sum(row["psnr_db"][0] for row in rows if row["attack"] == name) / 3 for name in ("gg-cdm", *names)}
+    assert mean["gg-cdm"] > 60.0
+    assert max(mean[name] for name in names) < 25.0
+
+
+def test_the_unrelated_update_is_another_clients_of_the_same_round(finished):
+    """What the control shows is that other client's image, scored against the target's truth."""
+    run, rows, _ = finished
+    for row in (row for row in rows if row["attack"] == f"gg-cdm, {UNRELATED}"):
+        job = Job.load(run.jobs / f"{row['job']}.json")
+        other = job.update.rpartition("/")[2]
+        assert other != f"{row['client']}-round-1.safetensors"
+        assert other.endswith("-round-1.safetensors")
+        truth = read_tensors(run.federation(row["federation"]).truth / other)[0]["images"]
+        found = load_reconstruction(run.results / row["job"] / "reconstruction.safetensors")
+        assert float(psnr_db(found.images, truth)) > 60.0
+
+
+def test_a_prior_that_saw_the_attacked_images_is_reported(finished, prior):
+    _, rows, page = finished
+    for row in (row for row in rows if row["attack"] == "gg-cdm"):
+        assert row["prior_data"]["split"] == "private"
+        assert row["prior_data"]["steps"] == 2
+        assert row["prior_overlap"]["same"] == row["prior_overlap"]["compared"] == 1
+    assert "3 of 3 attacked images are among its training images" in page
+    assert f"Prior {prior}: dataset patches, split private" in page
+
+
+def test_a_prior_kept_apart_is_reported_too(tmp_path):
+    settings = PriorSettings("patches", size=8, channels=(8, 16), steps=2, batch=4, timesteps=20)
+    train_prior(settings, tmp_path / "prior", samples=0)
+    federation = {"clients": 2, "rounds": 1}
+    attack = [{"name": "gg-cdm", **SETTINGS}]
+    summary = run_campaign(config(tmp_path / "prior", federation=federation, attack=attack), tmp_path / "run")
+    rows = [row for row in read_rows(summary.run.rows) if row["attack"] == "gg-cdm"]
+    assert [row["prior_overlap"]["same"] for row in rows] == [0, 0]
+    assert rows[0]["prior_data"]["images"] == len(load_dataset("patches", image_size=8).public)
+    assert "0 of 2 attacked images are among its training images" in summary.report.read_text()
