@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedattack.constraints import Convolution, input_gradient, output, weight_gradient
-from fedattack.errors import NotApplicable
+from fedattack.errors import FedattackError, NotApplicable
 from fedattack.models.layers import Normalize
 from fedattack.seeding import seeded_default_generator
 from fedattack.tasks import bind
@@ -468,21 +468,10 @@ def _convolution(call: _Call, state: State) -> Convolve:
         raise NotApplicable(f"{where} takes no batch of images")
     if module.padding_mode != "zeros":
         raise NotApplicable(f"{where} pads by {module.padding_mode!r}, not by zeros")
-    rows, columns = module.kernel_size
-    dilation = (module.dilation[0], module.dilation[1])
-    if module.padding == "valid":
-        padding = (0, 0)
-    elif module.padding == "same":
-        total = (dilation[0] * (rows - 1), dilation[1] * (columns - 1))
-        if total[0] % 2 or total[1] % 2:
-            raise NotApplicable(f"{where} pads one side more than the other")
-        padding = (total[0] // 2, total[1] // 2)
-    else:
-        padding = (int(module.padding[0]), int(module.padding[1]))
-    shape = Convolution(
-        module.in_channels, call.inputs.shape[2], call.inputs.shape[3], module.out_channels,
-        (rows, columns), (module.stride[0], module.stride[1]), padding, dilation, module.groups,
-    )  # fmt: skip
+    try:
+        shape = Convolution.of(module, call.inputs.shape[2], call.inputs.shape[3])
+    except FedattackError as error:
+        raise NotApplicable(f"{where}: {error}") from error
     bias = _own(state, call.name, "bias") if module.bias is not None else None
     return Convolve(call.name, shape, _own(state, call.name, "weight"), bias)
 

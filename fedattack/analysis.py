@@ -83,17 +83,7 @@ def count_layers(model: nn.Module, image_shape: Sequence[int], batch: int = 1) -
     found: list[Layer] = []
 
     def seen(name: str, module: nn.Conv2d, images: Tensor) -> None:
-        kernel, dilation = module.kernel_size, module.dilation
-        if module.padding == "valid":
-            padding = (0, 0)
-        elif module.padding == "same":
-            padding = (dilation[0] * (kernel[0] - 1) // 2, dilation[1] * (kernel[1] - 1) // 2)
-        else:
-            padding = (int(module.padding[0]), int(module.padding[1]))
-        shape = Convolution(
-            module.in_channels, images.shape[2], images.shape[3], module.out_channels,
-            (kernel[0], kernel[1]), (module.stride[0], module.stride[1]), padding, (dilation[0], dilation[1]), module.groups,
-        )  # fmt: skip
+        shape = Convolution.of(module, images.shape[2], images.shape[3])
         found.append(Layer(name, shape, shape.filters_for_gradients(batch), shape.filters_for_weights()))
 
     def hook(name: str) -> Any:

@@ -19,7 +19,7 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fedattack.errors import FedattackError, must
@@ -56,6 +56,24 @@ class Convolution:
     padding: Pair = (0, 0)
     dilation: Pair = (1, 1)
     groups: int = 1
+
+    @staticmethod
+    def of(module: nn.Conv2d, height: int, width: int) -> "Convolution":
+        """The shape of a module on inputs of this size. padding "same" must be as wide on either side."""
+        kernel, dilation, stride = module.kernel_size, module.dilation, module.stride
+        if module.padding == "valid":
+            padding = (0, 0)
+        elif module.padding == "same":
+            total = (dilation[0] * (kernel[0] - 1), dilation[1] * (kernel[1] - 1))
+            if total[0] % 2 or total[1] % 2:
+                raise FedattackError(must("padding", "as wide on one side as on the other", (module.padding, kernel)))
+            padding = (total[0] // 2, total[1] // 2)
+        else:
+            padding = (int(module.padding[0]), int(module.padding[1]))
+        return Convolution(
+            module.in_channels, height, width, module.out_channels,
+            (kernel[0], kernel[1]), (stride[0], stride[1]), padding, (dilation[0], dilation[1]), module.groups,
+        )  # fmt: skip
 
     def __post_init__(self) -> None:
         if min(self.output) < 1:
