@@ -222,7 +222,7 @@ def _single(weight: Tensor, bias: Tensor, parts: Factored) -> Disaggregated:
     """One sample: x = dW/db by least squares over all rows."""
     inputs = (bias @ weight / bias.square().sum())[None]
     residual = float((weight - bias[:, None] * inputs).norm() / weight.norm())
-    return Disaggregated(inputs, bias[None], residual, int(parts.excess < 1e-3), "division", _figures(parts))
+    return Disaggregated(inputs, bias[None], residual, int(parts.excess < NOISELESS), "division", _figures(parts))
 
 
 def _figures(parts: Factored) -> dict[str, float]:
@@ -452,7 +452,7 @@ class _Search:
 
     # ------------------------------------------------------------------------------------------- a known head
     def by_equations(self, labels: Tensor | None, rounds: int) -> None:
-        """Points for which the head sends back what was sent; certain where they explain it to the last digit."""
+        """Points for which the head sends back what was sent; certain where they explain it down to its noise."""
         parts, rank = self.parts, self.parts.rank
         head = self.layer.head or identity
         noise = parts.noise * len(parts.basis) ** 0.5 * float((1.0 / parts.singular).norm())

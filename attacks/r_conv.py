@@ -53,6 +53,9 @@ BRANCH = 1e-5
 EVEN = 0.05
 """Slopes of an activation that differ by less than this factor weigh its outputs alike."""
 
+CERTAIN = 1e3
+"""How many roundings a dense layer's gradient may be from rank one for its input to be called exact."""
+
 CONSTRAINTS = ("auto", "gradient", "hybrid", "weights")
 DEFICIENT = ("image", "refuse", "everywhere")
 
@@ -213,14 +216,15 @@ def dense_inputs(
     hold for the sum over all of them.
     """
     name = chain.dense.name
-    weight, bias, _ = observed.of_layer(name)
+    weight, bias, accuracy = observed.of_layer(name)
     if bias is None:
         raise NotApplicable(f"the update holds no gradient of the bias of layer {name!r}")
     if not bias.abs().max() > 0:
         raise NotApplicable(f"the bias gradient of layer {name!r} is zero: no row of it saw the image")
     if batch == 1:
         inputs = (bias @ weight / bias.square().sum())[None]
-        return Samples(inputs, bias[None], 1, relative(weight - bias[:, None] * inputs, weight))
+        residual = relative(weight - bias[:, None] * inputs, weight)
+        return Samples(inputs, bias[None], int(residual < CERTAIN * accuracy), residual)
     probes = torch.rand((3, *chain.image_shape), generator=generator, dtype=torch.float64).to(weight.device)
     follows = behind(model, update.sent, name, probes)
     shape = next((step.before for step in reversed(chain.steps) if isinstance(step, Reshape)), ())

@@ -31,7 +31,7 @@ def first_guess(
     """Images (B,C,H,W) that the attack named by `start` finds in this update, and what is known with its labels.
 
     None and `knowledge` itself where `start` is random. Images are put in the order of the labels, known ones or the
-    attack's own. Raises what the attack raises: NotApplicable, or MissingKnowledge where the threat model hides its needs.
+    attack's own. Raises NotApplicable where there are several images without labels, or what the attack raises.
     """
     name, parameters = parse_spec(start)
     if name in STARTS:
@@ -44,6 +44,10 @@ def first_guess(
     alone = replace(knowledge, history=None)
     found = attack.reconstruct(update, model, task, alone, generator=generator)
     images = found.images
+    if found.labels is None and len(images) > 1:
+        raise NotApplicable(
+            f"start {name!r} does not tell the labels of its {len(images)} images, so their order is unknown"
+        )
     if found.labels is not None:
         if knowledge.labels is None:
             knowledge = replace(knowledge, labels=found.labels)

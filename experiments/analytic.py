@@ -25,7 +25,7 @@ from torch import Tensor
 
 from experiments.second_order import CIFAR, resized
 from fedattack.data import ImageData, load_dataset
-from fedattack.errors import FedattackError, NotApplicable
+from fedattack.errors import NotApplicable
 from fedattack.floor import error_floor
 from fedattack.jobs import torch_threads
 from fedattack.metrics import match_batch, psnr_db
@@ -159,7 +159,7 @@ def attacked(
     try:
         generator = derive_generator(seed, "attack", name)
         found = attack.reconstruct(update, model, Classification(), known, generator=generator)
-    except (NotApplicable, FedattackError) as refusal:
+    except NotApplicable as refusal:
         row["refusal"] = str(refusal)
         return row | {"cpu_seconds": process_time() - begun}
     seconds = process_time() - begun

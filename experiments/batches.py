@@ -137,12 +137,14 @@ def summary(rows: list[dict[str, Any]]) -> str:
     if not done:
         return f"refused: {rows[0]['refused']}"
     scores = [score for row in done for score in row["psnr_db"]]
-    exact = sum(score > 60 for score in scores) / len(scores)
+    refused = len(rows) - len(done)
+    exact = sum(score > 60 for score in scores) / (len(scores) * len(rows) / len(done))
     claimed, wrong = sum(row["claimed"] for row in done), sum(row["wrong"] for row in done)
     times = [row["seconds"] for row in done]
     whole = sum(all(score > 60 for score in row["psnr_db"]) for row in done)
+    left_out = f" ({refused} of {len(rows)} refused)" if refused else ""
     return (
-        f"exact {exact:6.1%}, whole batches {whole}/{len(rows)}, claimed {claimed}, wrong {wrong}, "
+        f"exact {exact:6.1%}{left_out}, whole batches {whole}/{len(rows)}, claimed {claimed}, wrong {wrong}, "
         f"PSNR mean {sum(scores) / len(scores):.1f} median {median(scores):.1f} min {min(scores):.1f} dB, "
         f"{median(times):.1f} s ({min(times):.1f} … {max(times):.1f})"
     )

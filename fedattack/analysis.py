@@ -18,13 +18,16 @@ from fedattack.constraints import Convolution
 from fedattack.data import load_dataset
 from fedattack.errors import FedattackError, NotApplicable, must
 from fedattack.metrics import match_batch, psnr_db
-from fedattack.models import build_model
+from fedattack.models import build_model, misfits
 from fedattack.registry import ATTACKS
 from fedattack.seeding import derive_generator
 from fedattack.tasks import Classification, simulate
 from fedattack.types import Attack, Knowledge, State, Update
 
 INVERTER = "r-conv"
+
+CONTRADICTION = 1e-3
+"""Relative misfit of a weight's gradient from which on something before was wrong: nobody adds noise to a probe."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,10 @@ class Probe:
         unknowns, rank = self.of(layer, "unknowns"), self.of(layer, "rank")
         return None if unknowns is None or rank is None else int(unknowns - rank)
 
+    def solved(self, layer: str) -> bool:
+        """Whether a layer's equations determined its whole input, and its weight's gradient agrees with the result."""
+        return self.hidden(layer) == 0 and (self.of(layer, "gradient_residual") or 0.0) < CONTRADICTION
+
 
 @dataclass(frozen=True)
 class Analysis:
@@ -66,16 +73,25 @@ class Analysis:
 
     def verdict(self, layer: Layer) -> str:
         """One line: invertible or not, by which equations, and what would close the gap."""
-        hidden = [left for probe in self.probes if (left := probe.hidden(layer.name)) is not None]
-        if not hidden:
+        reached = [probe for probe in self.probes if probe.hidden(layer.name) is not None]
+        if not reached:
             return "not reached"
-        if not any(hidden):
-            hybrid = any(probe.of(layer.name, "hybrid") for probe in self.probes)
-            return "invertible" + (" with its outputs too" if hybrid else " by gradients alone")
+        solved = [probe for probe in reached if probe.solved(layer.name)]
+        if len(solved) == len(reached):
+            hybrid = any(probe.of(layer.name, "hybrid") for probe in solved)
+            how = "with its outputs too" if hybrid else "by gradients alone"
+            return f"invertible {how}{self._often(len(solved))}"
+        often = self._often(len(reached) - len(solved))
+        most = max(probe.hidden(layer.name) or 0 for probe in reached)
+        if not most:
+            return f"equations contradict one another{often}: a layer behind was not determined"
         needed = layer.filters_for_gradients
         more = f"{needed} active filters would do" if needed is not None else "some pixels meet no kernel position"
-        often = f" in {len(hidden) - hidden.count(0)} of {len(hidden)} probes" if 0 in hidden else ""
-        return f"up to {max(hidden)} unknowns undetermined{often}; {more}"
+        return f"up to {most} unknowns undetermined{often}; {more}"
+
+    def _often(self, count: int) -> str:
+        """Nothing for all probes; the others were refused before this layer, or ended otherwise."""
+        return "" if count == len(self.probes) else f" in {count} of {len(self.probes)} probes"
 
 
 def count_layers(model: nn.Module, image_shape: Sequence[int], batch: int = 1) -> tuple[Layer, ...]:
@@ -145,6 +161,8 @@ def _probe(
     shape = (images.shape[1], images.shape[2], images.shape[3])
     model = build_model(name, image_shape=shape, num_classes=num_classes, seed=seed, **options).to(dtype)
     if weights is not None:
+        if problems := misfits(model, weights, (name for name, _ in model.named_parameters())):
+            raise FedattackError("these weights are not the model's: " + "; ".join(problems[:5]))
         model.load_state_dict(weights, strict=False)
     model.train(training)
     generator = derive_generator(seed, "analysis")

@@ -1,12 +1,13 @@
 """What can be said of a model before any data is seen: counts by formula, ranks and pictures by playing a client."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from fedattack.analysis import Probe, analyse, count_layers, probe_images
+from fedattack.analysis import Analysis, Probe, analyse, count_layers, probe_images
 from fedattack.cli import app
 from fedattack.errors import FedattackError
 from fedattack.models import build_model
@@ -22,6 +23,13 @@ def images():
 def chain(filters, **options):
     """Two convolutions of stride 2 and 1, the first of which has as many filters as its outputs need."""
     return {"filters": (12, filters), "strides": (2, 1), "activation": ("leaky-relu", "relu"), **options}
+
+
+SOLVED = {"conv0.rank": 5.0, "conv0.unknowns": 5.0, "conv0.gradient_residual": 1e-7}
+
+
+def chain_model():
+    return build_model("conv-chain", image_shape=SHAPE, num_classes=4, seed=0, **chain(8))
 
 
 def test_counts_follow_the_formula():
@@ -48,7 +56,7 @@ def test_a_layer_with_too_few_filters_is_found_with_what_it_lacks(images):
     assert "16 active filters would do" in found.verdict(second)
     assert max(probe.hidden("conv1") for probe in found.probes) > 0
     assert not found.verdict(second).startswith("invertible")
-    assert found.verdict(first)
+    assert "contradict one another" in found.verdict(first)
 
 
 def test_what_is_no_chain_is_counted_all_the_same(images):
@@ -61,6 +69,21 @@ def test_what_is_no_chain_is_counted_all_the_same(images):
 def test_a_probe_says_what_is_left():
     probe = Probe({"a.rank": 3.0, "a.unknowns": 5.0})
     assert (probe.hidden("a"), probe.hidden("b")) == (2, None)
+
+
+def test_refused_probes_are_not_left_out():
+    """A dense layer of few neurons does not give every batch away."""
+    found = Analysis(2, count_layers(chain_model(), SHAPE), (Probe({}, refusal="no"), Probe(SOLVED, (90.0, 80.0))))
+    assert found.verdict(found.layers[0]) == "invertible by gradients alone in 1 of 2 probes"
+    contradiction = Probe({**SOLVED, "conv0.gradient_residual": 0.1})
+    assert "contradict one another in 1 of 2 probes" in replace(found, probes=(contradiction, Probe(SOLVED))).verdict(
+        found.layers[0]
+    )
+
+
+def test_weights_of_another_model_are_refused(images):
+    with pytest.raises(FedattackError, match="these weights are not the model's"):
+        analyse("lenet", {}, images[:1], 4, weights={"totally.wrong": torch.zeros(3)})
 
 
 def test_public_images_are_brought_to_the_shape():

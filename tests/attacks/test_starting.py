@@ -57,6 +57,13 @@ def test_images_stand_in_the_order_of_the_labels():
     assert known.labels.tolist() == [3, 1, 2]
 
 
+def test_images_without_labels_have_no_order(monkeypatch):
+    unlabelled = lambda self, *_, **__: Reconstruction(torch.zeros(3, *SHAPE))  # noqa: E731
+    monkeypatch.setattr(Told, "reconstruct", unlabelled)
+    with pytest.raises(NotApplicable, match="does not tell the labels of its 3 images"):
+        guess(replace(KNOWN, batch_size=3))
+
+
 def test_a_random_start_is_left_alone():
     assert guess(KNOWN, "grey") == (None, KNOWN)
 
