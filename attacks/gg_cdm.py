@@ -103,8 +103,8 @@ class GGCDM:
         for what, table, got in named:
             if got not in table:
                 raise FedattackError(one_of(what, table, got))
-        if self.start_from != NOISE:
-            random_start(self.start_from)
+        if self.start_from != NOISE and random_start(self.start_from) == self.start_from:
+            raise FedattackError(must("start_from", f"{NOISE!r} or an attack such as 'r-conv'", self.start_from))
         for name in ("sampling_steps", "restarts", "linearisations", "iterations", "inner_steps"):
             if getattr(self, name) < 1:
                 raise FedattackError(must(name, "a whole number of at least 1", getattr(self, name)))

@@ -214,6 +214,8 @@ def test_what_cannot_work_is_refused(random_images):
         GGCDM(guidance="posterior", distance="cosine")
     with pytest.raises(FedattackError, match="start must be one of"):
         GGCDM(start_from="nowhere")
+    with pytest.raises(FedattackError, match="start_from must be 'noise' or an attack"):
+        GGCDM(start_from="grey")
     with pytest.raises(FedattackError, match=r"start_at must be in \[0, 1\], got 3"):
         GGCDM(start_at=3)
     model, update, knowledge = victim(random_images(SHAPE))
