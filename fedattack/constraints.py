@@ -38,6 +38,9 @@ SURPLUS = 1.2
 PINCHED = 512
 """Open directions up to which inequalities are tried."""
 
+COARSE = 1e-2
+"""Share of the inputs' size, and of the narrowest bounds, from which a tolerance no longer tells their values apart."""
+
 ENTRIES = 1 << 27
 """How many numbers a dense system may hold (1 GB in float64)."""
 
@@ -710,7 +713,8 @@ def pinch(
     """Fix what a system leaves open by low ≤ inputs ≤ high (like inputs) and, where `below.trust` > 0, W ∗ x ≤ below.target.
 
     Linear programs in the open directions, with random objectives and their opposites: where all have one solution it is the
-    only one that fits (to `accuracy`), and is returned with full rank, polished on the inequalities that bind. Else `solved`.
+    only one that fits (to `accuracy`), and is returned with full rank, polished on the inequalities that bind. Else `solved`,
+    as also where `accuracy` is too coarse to tell solutions apart.
     """
     if solved.free is None or solved.spectrum.full or len(solved.free) > PINCHED:
         return solved
@@ -730,8 +734,12 @@ def pinch(
     if not rows:
         return solved
     matrix, limit = torch.cat(rows), torch.cat(limits)
-    size = float(solved.inputs.abs().max())
+    size, width = float(solved.inputs.abs().max()), high - low
     slack, same = max(1e-9, 30.0 * accuracy) * size, max(1e-5, 5e4 * accuracy) * size
+    reached = width[width.isfinite() & (width > 0) & (free.abs() > 1e-9).any(0)]
+    narrowest = min([size, *([float(reached.min())] if len(reached) else [])])
+    if max(same, 100.0 * slack) > COARSE * narrowest:  # then all solutions would agree
+        return solved
     found: list[Tensor] = []
     for _ in range(2):
         objective = torch.randn(len(free), generator=generator, dtype=torch.float64)

@@ -345,3 +345,17 @@ def test_a_full_system_is_not_pinched():
     inputs = normal(1, 1, 2, 2)
     full = Solved(inputs, Spectrum(4, 4, 1.0, 1.0), 0.0, "gradient")
     assert pinch(full, inputs, inputs, None, derive_generator(0, "objectives")) is full
+
+
+@pytest.mark.parametrize("accuracy", [1e-7, 1e-4, 1e-2])
+@pytest.mark.parametrize("scale", [1.0, 50.0])
+def test_open_pixels_are_not_pinned_down_by_coarse_numbers(accuracy, scale):
+    """Four pixels of which nothing is known but a box, beside others as large as `scale`."""
+    inputs = torch.full((1, 1, 2, 4), 0.5, dtype=torch.float64)
+    inputs[..., 2:] = scale
+    free = torch.zeros(4, 1, 1, 2, 4, dtype=torch.float64)
+    free[:, 0, 0, :, :2] = torch.eye(4, dtype=torch.float64).reshape(4, 2, 2)
+    open_ = Solved(inputs, Spectrum(4, 8, 1.0, 0.0), 0.0, "hybrid", free=free)
+    low, high = torch.zeros_like(inputs), torch.full_like(inputs, scale)
+    high[..., :2] = 1.0
+    assert pinch(open_, low, high, None, derive_generator(0, "objectives"), accuracy) is open_
