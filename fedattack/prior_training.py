@@ -3,13 +3,14 @@
     runs/prior/  model_index.json  unet/  scheduler/    the weights' moving average: DDPMPipeline.from_pretrained loads it
                  provenance.json  images.safetensors    what it was trained on and how, see fedattack.provenance
                  samples.png                            drawn by deterministic DDIM
-                 training.safetensors                   only while training is under way: where it stands
+                 training.safetensors                   only until all of that is written: where training stands
 
 Training draws step n from a generator of its own, so that an interrupted one goes on to the same bits. A folder that was
 trained with the same settings on the same images is used as it is.
 Source: Ho et al., DDPM, arXiv 2006.11239, Algorithm 1; the moving average is diffusers' EMAModel.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -75,6 +76,8 @@ class PriorSettings:
         for name in ("size", "layers", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise FedattackError(must(name, "a whole number of at least 1", getattr(self, name)))
+        if "image_size" in self.options:
+            raise FedattackError(must("options", "without image_size, which is size", self.options["image_size"]))
         if not self.learning_rate > 0:
             raise FedattackError(must("learning_rate", "above zero", self.learning_rate))
         if not 0 <= self.ema < 1:
@@ -159,12 +162,17 @@ def train_prior(
 
     progress is told of every step, or of none where the prior was there. save_every: steps between the files from which
     an interrupted training goes on. samples: images of the grid, by DDIM in `sample_steps` steps.
-    Raises FedattackError where the folder holds something else, or a prior of other settings or other images.
+    Raises FedattackError where the folder holds something else, or a prior of other settings or other images, and as soon
+    as a loss is not finite; nothing of such a training is saved.
     """
+    if save_every < 1:
+        raise FedattackError(must("save_every", "a whole number of at least 1", save_every))
     images, held_out = _images(settings)
     identity = _identity(settings, images)
     if done := read_provenance(str(folder)):
         _same(identity, done, folder)
+        for name in ("last", "average_on_trained"):
+            _finite_loss(f"{name!r} of prior {str(folder)!r}", done["loss"][name])
         return done
     trained = _Training(settings, images, torch.device(device))
     if (folder / TRAINING).is_file():
@@ -177,14 +185,17 @@ def train_prior(
     begun = time.perf_counter()
     while trained.done < settings.steps:
         loss = trained.step()
+        _finite_loss(f"of step {trained.done}", loss)
         if trained.done % save_every == 0 and trained.done < settings.steps:
             trained.seconds += time.perf_counter() - begun
             begun = time.perf_counter()
-            tensors, about = trained.saved()
-            write_tensors(folder / TRAINING, tensors, {**identity, **about})
+            _save(folder, identity, *trained.saved())
         progress(trained.done, settings.steps, loss)
     trained.seconds += time.perf_counter() - begun
+    end = trained.saved()
     model, state = trained.average()
+    average = _finite_loss("of the moving average", _loss(settings, model, images))
+    _save(folder, identity, *end)
     save_weights(folder, model, settings.task, state)
     save_thumbnails(folder, images.pixels)
     if samples:
@@ -196,7 +207,7 @@ def train_prior(
         "loss": {
             "first": _mean(trained.losses[:WINDOW]),
             "last": _mean(trained.losses[-WINDOW:]),
-            "average_on_trained": _loss(settings, model, images),
+            "average_on_trained": average,
             "average_on_held_out": _loss(settings, model, held_out) if len(held_out) else None,
             "curve": [_mean(part.tolist()) for part in torch.tensor(trained.losses).chunk(100)],
         },
@@ -250,7 +261,8 @@ class _Training:
         return self.losses[-1]
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors: dict[str, Tensor] = {f"weights/{i}": p for i, p in enumerate(self.parameters)}
+        """Where training stands; the weights are copies, which `average` leaves as they are."""
+        tensors: dict[str, Tensor] = {f"weights/{i}": p.detach().clone() for i, p in enumerate(self.parameters)}
         tensors |= {f"average/{i}": p for i, p in enumerate(self.ema.shadow_params)}
         for i, parameter in enumerate(self.parameters):
             tensors |= {f"{name}/{i}": self.optimizer.state[parameter][name] for name in _MOMENTS}
@@ -319,6 +331,17 @@ def _same(wanted: Mapping[str, Any], found: Mapping[str, Any], folder: Path) -> 
     here, there = ({**about, "data": {**about.get("data", {}), "dataset": ""}} for about in (wanted, found))
     if differing := same_settings(here, {name: there.get(name) for name in here}):
         raise FedattackError(f"prior {str(folder)!r} was trained with other settings: {'; '.join(differing)}")
+
+
+def _save(folder: Path, identity: Mapping[str, Any], tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    write_tensors(folder / TRAINING, tensors, {**identity, **about})
+
+
+def _finite_loss(of: str, loss: float | None) -> float:
+    """The loss. Raises FedattackError where training diverged (a file says null where a number was not finite)."""
+    if loss is None or not math.isfinite(loss):
+        raise FedattackError(f"{must(f'loss {of}', 'finite', loss)}: training diverged, lower learning_rate")
+    return loss
 
 
 def _mean(values: list[float]) -> float:

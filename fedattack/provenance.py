@@ -4,8 +4,8 @@
     images.safetensors    thumbnails of the images used, SIDE×SIDE uint8, so that an overlap shows at any size
 
 Two images count as the same where the root mean square difference of their thumbnails (exact area averages of the largest
-centred square) is at most SAME levels of 255. That survives resizing to 16 pixels or more and JPEG, not another crop,
-mirroring, or a change of contrast; very flat pictures can be taken for one another.
+centred square) is at most SAME levels of 255. That survives resizing to 16 pixels or more and JPEG, not another crop
+or a change of contrast; very flat pictures can be taken for one another. Mirrored copies count where training mirrored.
 """
 
 import hashlib
@@ -32,20 +32,30 @@ within 2); 99 in a hundred images have their nearest different one of 1,500 more
 CHUNK = 1 << 26
 """How many numbers a table of differences may hold at a time."""
 
+POOLED = 1 << 24
+"""How many numbers the images that are pooled at a time may take, at SIDE² times their pixels."""
+
 
 def thumbnails(pixels: Tensor) -> Tensor:
     """(N,C,SIDE,SIDE) uint8 of images (N,C,H,W), uint8 or in [0, 1]: every thumbnail pixel the mean of the area it covers."""
-    levels = pixels.detach().cpu().float() * (1.0 if pixels.dtype == torch.uint8 else 255.0)
-    side = min(levels.shape[-2:])
-    top, left = (levels.shape[-2] - side) // 2, (levels.shape[-1] - side) // 2
-    square = levels[..., top : top + side, left : left + side]
-    made = [part.repeat_interleave(SIDE, -1).repeat_interleave(SIDE, -2) for part in torch.split(square, 256)]
-    return torch.cat([F.avg_pool2d(part, side) for part in made]).round().clamp(0, 255).to(torch.uint8)
+    side = min(pixels.shape[-2:])
+    top, left = (pixels.shape[-2] - side) // 2, (pixels.shape[-1] - side) // 2
+    square = pixels.detach()[..., top : top + side, left : left + side]
+    rows = max(1, POOLED // max(1, pixels.shape[1] * (SIDE * side) ** 2))
+    return torch.cat([_pooled(part, side) for part in torch.split(square, rows)])
+
+
+def _pooled(square: Tensor, side: int) -> Tensor:
+    levels = square.cpu().float() * (1.0 if square.dtype == torch.uint8 else 255.0)
+    finer = levels.repeat_interleave(SIDE, -1).repeat_interleave(SIDE, -2)
+    return F.avg_pool2d(finer, side).round().clamp(0, 255).to(torch.uint8)
 
 
 def fingerprint(pixels: Tensor) -> str:
     """SHA-256 of images (N,C,H,W) uint8, their order included."""
-    return hashlib.sha256(repr(tuple(pixels.shape)).encode() + pixels.contiguous().numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(repr(tuple(pixels.shape)).encode())
+    digest.update(pixels.contiguous().reshape(-1).numpy().data)
+    return digest.hexdigest()
 
 
 def save_thumbnails(folder: Path, pixels: Tensor) -> None:
@@ -71,19 +81,27 @@ def summary(prior: str) -> dict[str, Any]:
 def overlap(images: Tensor, prior: str) -> dict[str, Any]:
     """How many of the images (B,C,H,W) in [0, 1] the prior was trained on, {} where it does not say what it was trained on.
 
-    compared: B. same: how many have a thumbnail like theirs among the prior's. nearest_levels: the least root mean square
-    difference of thumbnails, in levels of 255. Images with another number of channels are never the same.
+    compared: B. same: how many have a thumbnail like theirs among the prior's. mirrored: whether mirror images were compared
+    too, as they are where training mirrored at random. nearest_levels: the least root mean square difference of thumbnails,
+    in levels of 255. With another number of channels nothing is compared: same is None, and there is a reason.
     """
     path = Path(prior).expanduser() / IMAGES
     if not prior or not path.is_file():
         return {}
     known = read_tensors(path)[0]["thumbnails"]
-    if known.shape[1] != images.shape[1] or not len(known):
-        return {"compared": len(images), "same": 0, "nearest_levels": None, "tolerance_levels": SAME}
+    if not len(known):
+        return {}
+    if known.shape[1] != images.shape[1]:
+        reason = f"it was trained on images of {known.shape[1]} channels, those under attack have {images.shape[1]}"
+        return {"compared": 0, "same": None, "reason": reason}
+    mirrored = read_provenance(prior).get("flips") is True
     nearest = _nearest(thumbnails(images), known)
+    if mirrored:
+        nearest = torch.minimum(nearest, _nearest(thumbnails(images.flip(-1)), known))
     return {
         "compared": len(images),
         "same": int((nearest <= SAME).sum()),
+        "mirrored": mirrored,
         "nearest_levels": float(nearest.min()),
         "tolerance_levels": SAME,
     }

@@ -1,12 +1,16 @@
 """Training a prior: it loads anywhere, goes on to the same bits, says what it saw, and another one is never overwritten."""
 
+import hashlib
 import json
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
+from fedattack import prior_training, provenance
 from fedattack.cli import app
 from fedattack.data import load_dataset
 from fedattack.data.resize import fit
@@ -92,6 +96,46 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(trained, tmp_path):
     assert again["loss"] == about["loss"]
 
 
+@pytest.mark.parametrize("moment", ["save_thumbnails", "write_json"])
+def test_an_interrupt_after_training_is_no_loss(trained, tmp_path, monkeypatch, moment):
+    """Weights are there and the provenance is not; save_every is more than all steps."""
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(prior_training, moment, lambda *_: stop_at(None)(None, 0, 0))
+        train_prior(SMALL, tmp_path / "p", samples=4, sample_steps=3)
+    assert (tmp_path / "p/unet").is_dir()
+    seen = []
+    again = train_prior(SMALL, tmp_path / "p", samples=4, sample_steps=3, progress=lambda *call: seen.append(call))
+    assert not seen
+    assert again["loss"] == trained[1]["loss"]
+    for name, tensor in weights_of(tmp_path / "p").items():
+        assert torch.equal(tensor, weights_of(trained[0])[name]), name
+    assert not (tmp_path / "p" / TRAINING).exists()
+
+
+@pytest.mark.parametrize("steps", [1, 12])
+def test_a_diverged_prior_is_not_kept(tmp_path, steps):
+    """After one step the loss was still finite and the weights no longer give one."""
+    with pytest.raises(FedattackError, match="must be finite, got"):
+        train_prior(replace(SMALL, learning_rate=1e30, steps=steps), tmp_path / "p")
+    assert not list((tmp_path / "p").iterdir())
+
+
+def test_a_diverged_prior_of_before_is_refused(trained, tmp_path):
+    (tmp_path / "p").mkdir()
+    loss = {**trained[1]["loss"], "last": None}
+    (tmp_path / "p/provenance.json").write_text(json.dumps({**trained[1], "loss": loss}))
+    with pytest.raises(FedattackError, match="must be finite, got None"):
+        train_prior(SMALL, tmp_path / "p")
+
+
+def test_what_cannot_be_is_refused_by_name(tmp_path):
+    with pytest.raises(FedattackError, match="save_every must be"):
+        train_prior(SMALL, tmp_path / "p", save_every=0)
+    with pytest.raises(FedattackError, match="image_size"):
+        replace(SMALL, options={"image_size": 16})
+    assert not (tmp_path / "p").exists()
+
+
 def test_the_seed_decides_the_weights(trained, tmp_path):
     train_prior(SMALL, tmp_path / "same", samples=0)
     train_prior(replace(SMALL, seed=6), tmp_path / "other", samples=0)
@@ -172,6 +216,13 @@ def test_a_thumbnail_is_the_mean_of_what_it_covers():
     assert torch.equal(thumbnails(pixels.float() / 255), thumbnails(pixels))
 
 
+def test_the_fingerprint_is_of_shape_and_bytes():
+    pixels = torch.randint(0, 256, (2, 3, 5, 4), generator=derive_generator(0, "pixels"), dtype=torch.uint8)
+    strided = pixels.transpose(2, 3).contiguous().transpose(2, 3)
+    wanted = hashlib.sha256(b"(2, 3, 5, 4)" + pixels.numpy().tobytes()).hexdigest()
+    assert provenance.fingerprint(pixels) == provenance.fingerprint(strided) == wanted
+
+
 def test_images_the_prior_was_trained_on_are_found_at_any_size(trained):
     folder, _ = trained
     splits = load_dataset("patches", image_size=8)
@@ -179,6 +230,7 @@ def test_images_the_prior_was_trained_on_are_found_at_any_size(trained):
     assert overlap(seen, str(folder)) == {
         "compared": 10,
         "same": 10,
+        "mirrored": True,
         "nearest_levels": 0.0,
         "tolerance_levels": SAME,
     }
@@ -187,8 +239,47 @@ def test_images_the_prior_was_trained_on_are_found_at_any_size(trained):
     larger = torch.nn.functional.interpolate(seen, scale_factor=3, mode="nearest")
     noisy = (larger + 0.02 * torch.randn(larger.shape, generator=derive_generator(1, "noise"))).clamp(0, 1)
     assert overlap(noisy, str(folder))["same"] == 10
-    assert overlap(seen[:, :1], str(folder))["same"] == 0
+    unknown = overlap(seen[:, :1], str(folder))
+    assert (unknown["compared"], unknown["same"]) == (0, None)
+    assert "3 channels" in unknown["reason"]
     assert overlap(seen, "google/ddpm-cifar10-32") == {}
+
+
+@pytest.mark.parametrize("flips", [True, False])
+def test_a_mirrored_copy_is_the_same_image_where_training_mirrored(tmp_path, flips):
+    train_prior(replace(SMALL, steps=1, flips=flips), tmp_path / "p", samples=0)
+    found = overlap(load_dataset("patches", image_size=8).public.images()[:10].flip(-1), str(tmp_path / "p"))
+    assert found["mirrored"] is flips
+    assert (found["same"] == 10) is flips
+
+
+class Memory(TorchDispatchMode):
+    """The most bytes that were held at once by tensors made under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.held[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+        self.held = {at: one for at, one in self.held.items() if not one[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.held.values()))
+        return made
+
+
+@pytest.mark.parametrize("side", [16, 64])
+def test_thumbnails_of_many_images_take_little_memory(monkeypatch, side):
+    """Beside the images themselves a few chunks, however many images there are."""
+    monkeypatch.setattr(provenance, "POOLED", 1 << 18)
+    pixels = torch.randint(0, 256, (400, 3, side, side), generator=derive_generator(0, "many"), dtype=torch.uint8)
+    with Memory() as memory:
+        made = thumbnails(pixels)
+    assert made.shape == (400, 3, 4, 4)
+    assert memory.peak - pixels.nbytes < 3 * 4 * (1 << 18)
 
 
 def test_a_smaller_copy_is_the_same_image(patches):
