@@ -6,6 +6,7 @@ site/credentials lacks. Commands are those of experiments/topology.py.
 
 import argparse
 import json
+import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -76,17 +77,20 @@ def clients_yaml(clients: int, data: str = "", seeds: Sequence[int] = ()) -> str
     """The compose file of so many clients.
 
     data: folder on the host with client-0, client-1, …: each client trains on its own, mounted read-only, with a private seed
-    of its own (`seeds`), which the server does not learn.
+    of its own (`seeds`), which the server does not learn. Relative to docker/ if it begins with ./ or ../ (without either,
+    compose would take it for a volume's name), and without a colon, at which compose splits.
     """
     if clients < 1:
         raise FedattackError(must("clients", "at least 1", clients))
+    if data and not re.fullmatch(r"(/|\.{1,2}/|~/)[^:]*", f"{data}/"):
+        raise FedattackError(must("data", "a folder that begins with /, ./, ../ or ~/ and has no colon", data))
     if data and len(seeds) < clients:
         raise FedattackError(must("seeds", f"one for each of {clients} clients", len(seeds)))
     site, services, networks, files = docker_site(clients), [], [], []
     for client in range(clients):
         node, app, network = supernode_name(client), clientapp_name(client), f"client-{client}"
         own = f'dataset="images:/data" private-seed={seeds[client]}' if data else ""
-        mount = f'    volumes: ["{data}/client-{client}:/data:ro"]\n' if data else ""
+        mount = f"    volumes: [{_quoted(f'{data}/client-{client}:/data:ro')}]\n" if data else ""
         mine = ["ca.pem", *(f"{node}.{kind}" for kind in ("pem", "key", "secret", "ecdsa"))]
         files += mine[1:]
         services.append(f"""\
@@ -116,8 +120,12 @@ def clients_yaml(clients: int, data: str = "", seeds: Sequence[int] = ()) -> str
 
 
 def _items(command: Sequence[str]) -> str:
-    """A YAML list; `$` is doubled, since compose would take it for a variable."""
-    return "\n".join(f"      - {json.dumps(part.replace('$', '$$'))}" for part in command)
+    return "\n".join(f"      - {_quoted(part)}" for part in command)
+
+
+def _quoted(text: str) -> str:
+    """A YAML string; `$` is doubled, since compose would take it for a variable."""
+    return json.dumps(text.replace("$", "$$"), ensure_ascii=False)
 
 
 if __name__ == "__main__":
@@ -127,8 +135,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--data", default="", help="folder on the host with client-0, client-1, …: images of the clients' own"
     )
-    parser.add_argument("--host", action="append", default=[], help="another name or address of the SuperLink")
     given = parser.parse_args()
-    make_credentials(given.site / "credentials", given.clients, hosts=given.host)
+    make_credentials(given.site / "credentials", given.clients)
     drawn = [secrets.randbelow(2**62) for _ in range(given.clients)]
     write_atomically(given.site / "clients.yml", clients_yaml(given.clients, given.data, drawn).encode())

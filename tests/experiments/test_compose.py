@@ -129,6 +129,18 @@ def test_another_number_of_clients_is_one_number_and_own_data_stays_with_its_cli
     assert not any("/srv/data" in json.dumps(service) for name, service in found.items() if "clientapp" not in name)
 
 
+@pytest.mark.parametrize("wrong", ["srv/data", "data", ".hidden/data", "/srv:ro/data"])
+def test_a_data_folder_that_compose_would_take_for_something_else_is_refused(wrong) -> None:
+    with pytest.raises(FedattackError, match="data must be"):
+        clients_yaml(1, wrong, [1])
+
+
+@pytest.mark.parametrize("folder", ["./data", "../data", "~/data", '/srv/a "b"\\c', "/srv/$HOME/dätä"])
+def test_a_data_folder_reaches_compose_as_it_is(folder) -> None:
+    found = resolved(yaml.safe_load(clients_yaml(1, folder, [1])))["services"]
+    assert found["clientapp-0"]["volumes"] == [f"{folder}/client-0:/data:ro"]
+
+
 # ------------------------------------------------------------------------------------------------ names that exist
 def test_every_secret_is_defined_and_is_a_file_that_is_made(compose, clients, services, tmp_path) -> None:
     make_credentials(tmp_path, CLIENTS)
@@ -331,8 +343,9 @@ def test_one_command_up_one_to_run_one_down(site) -> None:
     code, calls = call(site, "up", "7")
     assert code == 0
     assert calls == [
-        "compose --file compose.yml --profile tools build",
+        "compose --file compose.yml --profile tools build prepare",
         "compose --file compose.yml --profile tools run --rm prepare",
+        "compose --profile tools build",  # with site/clients.yml, which names the clients' image
         "compose up --detach --wait --remove-orphans",
     ]
     assert "FEDATTACK_CLIENTS=7\n" in (site / "docker/.env").read_text()
