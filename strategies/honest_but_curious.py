@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
@@ -72,7 +72,7 @@ class HonestButCurious(Strategy):
         self.kind: UpdateKind = kind or update_kind(strategy)
         self.on_incident = on_incident
         self._sent: dict[int, ArrayRecord] = {}
-        self._asked: list[int] = []
+        self._asked: list[Metadata] = []
         self._known: dict[int, str] = {}
         # the strategy's own methods, before `start` may put ours in their place
         self._own = {name: getattr(strategy, name) for name in _WRAPPED}
@@ -95,7 +95,7 @@ class HonestButCurious(Strategy):
     ) -> Iterable[Message]:
         messages = list(self._own["configure_train"](server_round, arrays, config, grid))
         snapshots: dict[int, ArrayRecord] = {}
-        self._asked = [message.metadata.dst_node_id for message in messages]
+        self._asked = [message.metadata for message in messages]
         for message in messages:
             record = next(iter(message.content.array_records.values()), arrays)
             snapshots.setdefault(id(record), snapshot(record))
@@ -150,16 +150,15 @@ class HonestButCurious(Strategy):
         """Copy what is to be copied; True if any reply was malformed. Never raises."""
         malformed = False
         expected, odd = self._expected(replies), _odd_ones(replies)
-        answered = {reply.metadata.src_node_id for reply in replies}
-        silent = (node for node in self._asked if node not in answered)
+        silent = self._silent(replies)
         seen: dict[str, int] = {}
         for reply in replies:
-            client, node = client_of(reply), reply.metadata.src_node_id
-            if reply.has_error():  # of a node that is gone, the SuperLink says so in its own name
-                node = node if node in self._asked else next(silent, node)
-                client = self._known.get(node, f"node-{node}")
+            client = client_of(reply)
+            if reply.has_error():
+                node = silent.get(id(reply))
+                client = "unknown" if node is None else self._known.get(node, f"node-{node}")
             else:
-                self._known[node] = client
+                self._known[reply.metadata.src_node_id] = client
             seen[client] = seen.get(client, 0) + 1
             if seen[client] > 1:  # two nodes that claim one partition id must not overwrite each other
                 client = f"{client}-again-{seen[client] - 1}"
@@ -178,6 +177,27 @@ class HonestButCurious(Strategy):
             except Exception as error:
                 self._report(server_round, client, [f"copy failed: {type(error).__name__}: {error}"])
         return malformed
+
+    def _silent(self, replies: list[Message]) -> dict[int, int]:
+        """Node of every error reply, by the reply's id(). Of a node that is gone, the SuperLink says so in its own name: the
+        message that it answers names the node; where none does, and not every silent node has its error, it stays unnamed.
+        """
+        errors = [reply for reply in replies if reply.has_error()]
+        asked = {sent.dst_node_id for sent in self._asked}
+        by_message = {sent.message_id: sent.dst_node_id for sent in self._asked if sent.message_id}
+        found: dict[int, int] = {}
+        for reply in errors:
+            node = reply.metadata.src_node_id
+            if node not in asked:
+                node = by_message.get(reply.metadata.reply_to_message_id, 0)
+            if node:
+                found[id(reply)] = node
+        answered = {reply.metadata.src_node_id for reply in replies} | set(found.values())
+        left = [sent.dst_node_id for sent in self._asked if sent.dst_node_id not in answered]
+        unnamed = [reply for reply in errors if id(reply) not in found]
+        if len(left) == len(unnamed):
+            found |= {id(reply): node for reply, node in zip(unnamed, left, strict=True)}
+        return found
 
     def _update(self, server_round: int, client: str, reply: Message, expected: Collection[str]) -> Update:
         sent = self._sent.get(reply.metadata.src_node_id)

@@ -319,6 +319,36 @@ def test_a_node_that_is_gone_is_called_by_the_name_it_had() -> None:
     assert [(incident.round, incident.client) for incident in incidents] == [(1, "node-102"), (3, "client-2")]
 
 
+@pytest.mark.parametrize(
+    ("says", "lost", "named"),
+    [
+        ("which message", (101, 102, 103), "node-103"),
+        ("nothing", (101, 102, 103), "unknown"),
+        ("nothing", (103,), "node-103"),
+    ],
+)
+def test_an_error_in_the_superlinks_name_is_not_laid_at_another_silent_nodes_door(says, lost, named) -> None:
+    """Some nodes are silent, and the SuperLink tells of 103 only. Nodes are asked in another order each round."""
+
+    class Loses(InProcessGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            replies = []
+            for reply in super().send_and_receive(messages, timeout=timeout):
+                if reply.metadata.src_node_id == 103:
+                    message_id = reply.metadata.reply_to_message_id if says == "which message" else "?"
+                    reply = Message(Error(1, "Node Unavailable"), reply_to=reply)
+                    reply.metadata.__dict__.update(_src_node_id=1, _reply_to_message_id=message_id)
+                elif reply.metadata.src_node_id in lost:
+                    continue
+                replies.append(reply)
+            return replies
+
+    incidents: list[Incident] = []
+    strategy = HonestButCurious(flower.FedAvg(**ALL), lambda u: None, on_incident=incidents.append)
+    strategy.start(Loses(toy_client(), CLIENTS), toy_weights(), num_rounds=6)
+    assert [incident.client for incident in incidents] == [named] * 6
+
+
 def test_an_error_of_the_strategy_itself_is_not_swallowed() -> None:
     class Buggy(flower.FedAvg):
         def aggregate_train(self, server_round, replies):
