@@ -8,7 +8,8 @@
     supernode-3.ecdsa .ecdsa.pub            client 3's identity: the SuperLink admits registered public keys only
     ray.token                               what machines and drivers of the attacks' Ray cluster prove themselves with
 
-What is in the folder already is kept, so more clients can be added later. Private files have mode 0600. Every component has
+What is in the folder already is kept, so more clients can be added later; a server's certificate that has expired is renewed,
+with the names it had. Start the component again then. Private files have mode 0600. Every component has
 its own certificate and secret: a client's keys open nothing but that client. Keys are P-256 (TLS) and P-384 (nodes, in
 OpenSSH's format, the only one that Flower reads).
 """
@@ -40,9 +41,10 @@ LOCAL = ("localhost", "127.0.0.1")
 
 
 def make_credentials(folder: Path, clients: int, *, days: int = 365, hosts: Sequence[str] = ()) -> None:
-    """Whatever a deployment of this many clients needs and the folder does not hold yet.
+    """Whatever a deployment of this many clients needs and the folder does not hold yet, or holds but expired.
 
     hosts: further names or addresses under which the SuperLink is reached (subject alternative names of its certificate).
+    Raises FedattackError where the authority itself has expired: everybody who trusts it must be given another.
     """
     if clients < 1:
         raise FedattackError(must("clients", "at least 1", clients))
@@ -68,7 +70,13 @@ def _authority(folder: Path, days: int) -> Authority:
         key = load_pem_private_key(key_file.read_bytes(), password=None)
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise FedattackError(must(str(key_file), "an elliptic-curve key", type(key).__name__))
-        return key, x509.load_pem_x509_certificate(certificate_file.read_bytes())
+        authority = x509.load_pem_x509_certificate(certificate_file.read_bytes())
+        if _expired(authority):
+            raise FedattackError(
+                f"{certificate_file} expired on {authority.not_valid_after_utc:%Y-%m-%d}: remove every .pem and .key from "
+                "its folder (node keys and secrets may stay), make credentials again, and hand out the new ones"
+            )
+        return key, authority
     if left := sorted(folder.glob("super*.pem")):
         raise FedattackError(
             f"{folder} holds {left[0].name} but not the ca.key that signed it: start with an empty folder"
@@ -90,9 +98,11 @@ def _authority(folder: Path, days: int) -> Authority:
 def _server(folder: Path, name: str, authority: Authority, days: int, hosts: Sequence[str]) -> None:
     """Certificate, key and SuperExec secret of a component that others connect to."""
     signing_key, signer = authority
-    if not (folder / f"{name}.pem").exists():
+    path = folder / f"{name}.pem"
+    kept = x509.load_pem_x509_certificate(path.read_bytes()) if path.exists() else None
+    if kept is None or _expired(kept):
         key = ec.generate_private_key(ec.SECP256R1())
-        names = dict.fromkeys((name, *LOCAL, *hosts))
+        names = dict.fromkeys((name, *LOCAL, *_names_of(kept), *hosts))
         certificate = (
             _certificate(
                 x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]), signer.subject, key.public_key(), days
@@ -105,9 +115,21 @@ def _server(folder: Path, name: str, authority: Authority, days: int, hosts: Seq
             .sign(signing_key, SHA256())
         )
         _write_private(folder / f"{name}.key", _pem(key))
-        write_atomically(folder / f"{name}.pem", certificate.public_bytes(Encoding.PEM))
+        write_atomically(path, certificate.public_bytes(Encoding.PEM))
     if not (folder / f"{name}.secret").exists():
         _write_private(folder / f"{name}.secret", secrets.token_bytes(32))
+
+
+def _expired(certificate: x509.Certificate) -> bool:
+    return certificate.not_valid_after_utc <= datetime.now(UTC)
+
+
+def _names_of(certificate: x509.Certificate | None) -> list[str]:
+    """Subject alternative names, addresses included."""
+    if certificate is None:
+        return []
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return [str(name.value) for name in names]
 
 
 def _identity(path: Path) -> None:

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_public_key,
 )
 
+from experiments import credentials
 from experiments.credentials import make_credentials
 from fedattack.errors import FedattackError
 
@@ -75,6 +76,48 @@ def test_more_clients_leave_what_is_there_and_are_vouched_for_by_the_same_author
     make_credentials(tmp_path, 3)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
     certificate(tmp_path / "supernode-2.pem").verify_directly_issued_by(certificate(tmp_path / "ca.pem"))
+
+
+class LongAgo(datetime):
+    """A clock that is 20 days behind."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.now(tz) - timedelta(days=20)
+
+
+def test_certificates_that_expired_are_renewed_with_their_names_and_the_others_kept(tmp_path, monkeypatch) -> None:
+    make_credentials(tmp_path, 1)
+    for name in ("superlink.pem", "supernode-0.pem"):
+        (tmp_path / name).unlink()
+    with monkeypatch.context() as past:
+        past.setattr(credentials, "datetime", LongAgo)
+        make_credentials(tmp_path, 1, days=19, hosts=["fl.example", "192.0.2.7"])
+    make_credentials(tmp_path, 2)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    found = certificate(tmp_path / "superlink.pem")
+    assert found.not_valid_after_utc - datetime.now(UTC) > timedelta(days=364)
+    found.verify_directly_issued_by(certificate(tmp_path / "ca.pem"))
+    names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert {str(name.value) for name in names} == {"superlink", "localhost", "127.0.0.1", "fl.example", "192.0.2.7"}
+    ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tmp_path / "superlink.pem", tmp_path / "superlink.key")
+    make_credentials(tmp_path, 2)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before  # now nothing is expired
+
+
+def test_an_authority_that_expired_is_refused_with_the_way_out(tmp_path, monkeypatch) -> None:
+    with monkeypatch.context() as past:
+        past.setattr(credentials, "datetime", LongAgo)
+        make_credentials(tmp_path, 1, days=19)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(FedattackError, match=r"ca\.pem expired on \d{4}-\d\d-\d\d: remove every \.pem and \.key"):
+        make_credentials(tmp_path, 2)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    for path in (*tmp_path.glob("*.pem"), *tmp_path.glob("*.key")):
+        path.unlink()
+    make_credentials(tmp_path, 1)
+    certificate(tmp_path / "superlink.pem").verify_directly_issued_by(certificate(tmp_path / "ca.pem"))
+    assert (tmp_path / "supernode-0.ecdsa").read_bytes() == before["supernode-0.ecdsa"]
 
 
 def test_another_authority_vouches_for_nothing(folder, tmp_path) -> None:
