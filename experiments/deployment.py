@@ -13,6 +13,7 @@ import ctypes
 import json
 import logging
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -63,6 +64,8 @@ MAX_RESTARTS = 8
 MAX_DELAY_SECONDS = 20.0
 """A component that died is started again after 1, 2, 4, … seconds. The SuperLink refuses a node whose former process it still
 takes to be alive, which is up to a minute after it was killed."""
+HEALTHY_SECONDS = 600.0
+"""What ran for so long before it died is well: its earlier deaths are forgiven."""
 STOP_SECONDS = 10.0
 ASK_SECONDS = 15.0
 LOOK_SECONDS = 1.0
@@ -108,7 +111,7 @@ class Flower:
 
     def submit(self, bundle: Path, config: Mapping[str, str | bool]) -> int:
         """Start a run; gives its id."""
-        told = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
+        told = " ".join(f"{key}={_toml_value(value)}" for key, value in config.items())
         return int(self._json("run", str(bundle), "--run-config", told)["run-id"])
 
     def verdict(self, run_id: int) -> tuple[str, str]:
@@ -155,6 +158,14 @@ class Flower:
 
     def _environment(self) -> dict[str, str]:
         return _environment(FLWR_HOME=str(self.home))
+
+
+def _toml_value(value: str | bool) -> str:
+    """As TOML for Flower's parser, which ends a string at the next quote, escaped or not: quotes, backslashes and whatever is
+    not printable ASCII are given by their code points."""
+    if isinstance(value, bool):
+        return json.dumps(value)
+    return '"' + "".join(c if " " <= c <= "~" and c not in '"\\' else f"\\U{ord(c):08x}" for c in value) + '"'
 
 
 def health(address: str, root_certificates: Path, *, timeout: float = 3.0) -> str:
@@ -207,7 +218,10 @@ ray-resource = ""
 # ------------------------------------------------------------------------------------------------ processes
 @dataclass
 class Component:
-    """One process of a deployment, its log, and whether it may be started again after it died."""
+    """One process of a deployment, its log, and whether it may be started again after it died.
+
+    The log leaves private seeds out of the command; the process list shows them to every user of this machine while it runs.
+    """
 
     name: str
     command: Sequence[str]
@@ -218,13 +232,16 @@ class Component:
     process: "subprocess.Popen[bytes] | None" = None
     deaths: int = 0
     start_at: float = 0.0
+    started_at: float = 0.0
 
     def start(self) -> None:
         private_folder(self.home)
         private_folder(self.log.parent)
         with self.log.open("ab") as file:
-            file.write(f"$ {shlex.join(self.command)}\n".encode())
+            told = re.sub(r"private-seed=[^'\"\s]+", "private-seed=…", shlex.join(self.command))
+            file.write(f"$ {told}\n".encode())
             file.flush()
+            self.started_at = time.monotonic()
             self.process = subprocess.Popen(
                 self.command,
                 env=_environment(FLWR_HOME=str(self.home), **self.environment),
@@ -248,7 +265,7 @@ class Component:
     def restart(self) -> None:
         """Note that it died, and start it again after its delay. Raises DeploymentError where it dies again and again."""
         if not self.start_at:
-            self.deaths += 1
+            self.deaths = 1 if time.monotonic() - self.started_at >= HEALTHY_SECONDS else self.deaths + 1
             if not self.restarts or self.deaths > MAX_RESTARTS:
                 raise DeploymentError(self.explain())
             delay = min(MAX_DELAY_SECONDS, 2.0 ** (self.deaths - 1))
@@ -311,7 +328,7 @@ class Deployment:
 
     def _start(self) -> None:
         credentials = self._state / "credentials"
-        make_credentials(credentials, self._clients, days=7)
+        make_credentials(credentials, self._clients)
         ports = free_ports(1 + self._clients + (1 if self._attack_workers else 0))
         self.site = Site(
             credentials=PurePosixPath(credentials),
@@ -488,7 +505,10 @@ def deploy(
 
 
 def own_data(folder: Path, client: int) -> str:
-    """Node config of a client that trains on its own images, with a seed that nobody else learns."""
+    """Node config of a client that trains on its own images, with a seed that the server does not learn.
+
+    It stands on the SuperNode's command line, which every user of this machine can see in the process list.
+    """
     images = folder.resolve() / f"client-{client}"
     if not images.is_dir():
         raise FedattackError(must("--data", f"a folder that holds client-{client}", str(folder)))
@@ -638,7 +658,11 @@ def existing(
 
 
 def _missing(flower: Flower, needed: int) -> str:
-    online = len(flower.online())
+    """ "" where so many nodes are online, else what is missing. Flower's command may fail on a busy machine: so it says."""
+    try:
+        online = len(flower.online())
+    except DeploymentError as error:
+        return str(error)
     return "" if online >= needed else f"{online} of {needed} nodes are online"
 
 

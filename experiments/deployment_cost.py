@@ -4,7 +4,8 @@
     python -m experiments.deployment_cost --clients 10 --megabytes 100      does the server's memory grow with the rounds?
 
 Everything runs on loopback (experiments/deployment.py); every update is copied, none is attacked unless --attack. Memory is
-the proportional set size (shared pages are divided among those that share them), the largest of samples taken twice a second.
+the proportional set size (shared pages are divided among those that share them), the largest of samples
+taken a second apart and more (they take time themselves).
 """
 
 import argparse

@@ -10,9 +10,12 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from flwr.common.config import parse_config_args
 from typer.testing import CliRunner
 
 from experiments import deployment
@@ -173,6 +176,102 @@ def test_a_component_that_keeps_dying_ends_the_deployment_with_its_log(tmp_path,
     with pytest.raises(DeploymentError, match=r"(?s)fragile ended with code 3.*no such key"):
         restart_until_it_gives_up()
     assert (tmp_path / "log").read_text().split("\n").count("no such key") == 1 + deployment.MAX_RESTARTS
+
+
+def test_deaths_long_ago_are_forgiven(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(deployment, "MAX_DELAY_SECONDS", 0.0)
+    monkeypatch.setattr(deployment, "HEALTHY_SECONDS", 0.0)
+    hardy = Component("hardy", ["true"], tmp_path / "log", tmp_path / "home", restarts=True)
+    for _ in range(deployment.MAX_RESTARTS + 2):
+        hardy.start()
+        hardy.process.wait(20)
+        hardy.restart()
+        hardy.start_at = 0.0
+    assert hardy.deaths == 1
+
+
+def test_a_private_seed_is_not_logged(tmp_path) -> None:
+    (tmp_path / "data/client-0").mkdir(parents=True)
+    own = deployment.own_data(tmp_path / "data", 0)
+    for told in (own, own + " witness=true"):
+        node = Component("node", ["echo", "--node-config", told], tmp_path / "log", tmp_path / "home")
+        node.start()
+        node.process.wait(20)
+    first, echoed, second, _ = (tmp_path / "log").read_text().splitlines()
+    seed = own.partition("private-seed=")[2]
+    assert seed.isdigit()
+    assert seed in echoed  # the command itself is whole
+    assert seed not in first + second
+    assert "private-seed=…" in first
+    assert second.endswith("private-seed=… witness=true'")
+
+
+def test_certificates_of_a_deployment_outlast_a_long_campaign(tmp_path, monkeypatch) -> None:
+    until = []
+
+    def launch(self, name: str, *_: object, **__: object) -> None:
+        for path in (self._state / "credentials").glob("*.pem"):
+            until.append(x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc)
+        raise DeploymentError("far enough")
+
+    monkeypatch.setattr(Deployment, "launch", launch)
+    with pytest.raises(DeploymentError, match="far enough"), Deployment(1, tmp_path):
+        pass
+    assert len(until) == 3
+    assert min(until) - datetime.now(UTC) > timedelta(days=364)
+
+
+SPOKEN = (
+    """fedattack deploy r.toml "federation.mods=['fixedclipping']" 'attack=["dlg"]' 'case = "a b"' x=$HOME\\n""",
+    "",
+    """it's "quoted" \\" and \\U0001f600 or \t\n 😀é, then key=value config="other" .toml""",
+    "ends.toml",
+    "\\",
+)
+
+
+@pytest.mark.parametrize("command", SPOKEN)
+def test_whatever_is_typed_passes_flowers_own_parser(tmp_path, monkeypatch, command) -> None:
+    seen = []
+    monkeypatch.setattr(Flower, "_json", lambda self, *arguments: seen.append(arguments) or {"run-id": "7"})
+    config = {"config": command, "witness": True, "ray-address": "", "command": command}
+    assert Flower("127.0.0.1:1", tmp_path / "ca.pem", tmp_path / "home").submit(tmp_path, config) == 7
+    (arguments,) = seen
+    assert parse_config_args([arguments[arguments.index("--run-config") + 1]]) == config
+
+
+class Forgetful:
+    """A SuperLink whose list of nodes cannot be had for a while."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+
+    def health(self) -> str:
+        return ""
+
+    def online(self) -> list[str]:
+        self.failures -= 1
+        if self.failures >= 0:
+            raise DeploymentError("flwr supernode list did not answer")
+        return ["1", "2"]
+
+
+def test_a_list_of_nodes_that_fails_once_is_asked_again_until_the_deadline(recipe, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(deployment.time, "sleep", lambda seconds: None)
+    (tmp_path / "ca.pem").touch()
+    monkeypatch.setattr(deployment, "Flower", lambda *_: Forgetful(2))
+    with deployment.existing("there:1", tmp_path / "ca.pem", load_config(recipe)) as flower:
+        assert flower.failures == -1
+    monkeypatch.setattr(deployment, "Flower", lambda *_: Forgetful(10**9))
+    with (
+        pytest.raises(DeploymentError, match=r"not ready after 0\.05 s: flwr supernode list did not answer"),
+        deployment.existing("there:1", tmp_path / "ca.pem", load_config(recipe), wait_seconds=0.05),
+    ):
+        pass
+    up = Deployment(2, tmp_path)
+    up.flower = Forgetful(2)
+    up._await("superlink", up._absent)
+    assert up.flower.failures == -1
 
 
 class Unwell:
