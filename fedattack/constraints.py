@@ -456,7 +456,7 @@ def solve_gradient(constraints: GradientConstraints) -> Solved:
     Directions without a constraint stay 0. Systems beyond DENSE unknowns a class are solved by conjugate gradients.
     """
     if not constraints.dense:
-        return solve_iteratively(constraints, None)
+        return solve_iteratively(constraints, None, accuracy=constraints.accuracy)
     shape, batch = constraints.shape, constraints.batch
     inputs = constraints.gradient.new_zeros(batch, shape.channels, shape.height, shape.width)
     spectra: list[Spectrum] = []
@@ -566,10 +566,10 @@ def solve_hybrid(gradient: GradientConstraints | None, weights: WeightConstraint
     count = weights.count + (gradient.gradient.numel() if gradient is not None else 0)
     if unknowns > DENSE or count * unknowns > ENTRIES:
         if gradient is not None and weights.count >= SURPLUS * unknowns:
-            alone = solve_iteratively(None, weights, iterations=800)
+            alone = solve_iteratively(None, weights, accuracy=accuracy, iterations=800)
             if alone.spectrum.full:  # the gradient is then a check that was not used
                 return alone
-        return solve_iteratively(gradient, weights)
+        return solve_iteratively(gradient, weights, accuracy=accuracy)
     matrix, right = hybrid_system(gradient, weights)
     factored = Factored(matrix, cutoff_for(len(matrix), unknowns, accuracy))
     found = factored.solve(right)
@@ -778,6 +778,7 @@ def solve_iteratively(
     gradient: GradientConstraints | None,
     weights: WeightConstraints | None,
     *,
+    accuracy: float = torch.finfo(torch.float64).eps,
     iterations: int = 3000,
     tolerance: float = 1e-14,
 ) -> Solved:
@@ -785,8 +786,9 @@ def solve_iteratively(
 
     Weight constraints are preconditioned by the inverse of their periodic version, which the Fourier transform makes block
     diagonal; gradient constraints are added to it as a low-rank update (Woodbury) where they are few. The rank is estimated:
-    a random input is sent through the same equations, and what does not come back is not determined. σ_min and σ_max are of
-    the preconditioned system.
+    a random input is sent through the same equations, and what does not come back is not determined. Where they are known to
+    `accuracy` only (relative), it must also come back with errors of that size, below what a singular value at the cutoff of
+    dense systems would make of them. σ_min and σ_max are of the preconditioned system.
     """
     some = gradient if gradient is not None else weights
     assert some is not None
@@ -818,19 +820,44 @@ def solve_iteratively(
 
     right = [] if gradient is None else [scale * gradient.gradient]
     right += [] if weights is None else [weights.right_side()]
-    inputs, steps, extremes = solve(right, tolerance)
+    inputs, steps, extremes = solve(right, max(tolerance, accuracy))
     size = math.sqrt(sum(float(part.square().sum()) for part in right))
     left = [a - b for a, b in zip(apply(inputs), right, strict=True)]
     residual = math.sqrt(sum(float(part.square().sum()) for part in left)) / size if size > 0 else 0.0
-    probe = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(inputs)
-    back = solve(apply(probe), 1e-7)[0]
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(inputs.shape, generator=generator, dtype=torch.float64).to(inputs)
+    seen = apply(probe)
+    back = solve(seen, 1e-7)[0]
     unknowns = batch * shape.unknowns
     trace = float((probe * back).sum() / probe.square().sum())  # of the projection that equations and solver make
     full = relative(back - probe, probe) < 1e-4
+    if full and accuracy > tolerance:
+        errors = [torch.randn(part.shape, generator=generator, dtype=torch.float64).to(part) for part in seen]
+        errors = [accuracy * float(part.square().mean().sqrt()) * e for part, e in zip(seen, errors, strict=True)]
+        noisy = solve([part + e for part, e in zip(seen, errors, strict=True)], accuracy)[0]
+        count = sum(part.numel() for part in seen)
+        error = math.sqrt(sum(float(e.square().sum()) for e in errors) / count)
+        largest = _largest_singular_value(apply, adjoint, probe)
+        full = float((noisy - probe).norm()) < 0.5 * error / cutoff_for(count, unknowns, accuracy) / largest
+        trace = float((probe * noisy).sum() / probe.square().sum())
     count = (0 if gradient is None else gradient.gradient.numel()) + (0 if weights is None else weights.count)
     rank = unknowns if full else min(unknowns - 1, count, math.floor(unknowns * max(0.0, trace)))
     kind = "hybrid" if gradient is not None and weights is not None else ("weights" if gradient is None else "gradient")
     return Solved(inputs, Spectrum(rank, unknowns, extremes[1], extremes[0], exact=False), residual, kind, steps)
+
+
+def _largest_singular_value(
+    apply: Callable[[Tensor], list[Tensor]], adjoint: Callable[[list[Tensor]], Tensor], start: Tensor, steps: int = 8
+) -> float:
+    """By power iterations, from below."""
+    found, size = start / start.norm(), 0.0
+    for _ in range(steps):
+        found = adjoint(apply(found))
+        size = float(found.norm())
+        if not size > 0:
+            break
+        found = found / size
+    return math.sqrt(size)
 
 
 def few(gradient: GradientConstraints) -> bool:

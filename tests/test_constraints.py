@@ -314,6 +314,31 @@ def test_conjugate_gradients_say_what_is_not_determined():
     assert float((found.inputs - inputs).abs().max()) > 0.1
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_conjugate_gradients_claim_no_rank_that_noise_has_taken(padding, seed):
+    """As many equations as unknowns: exact ones determine all, noisy ones leave open what a dense factorisation leaves open."""
+    shape = Convolution(1, 12, 12, 16, (3, 3), (1, 1), (padding, padding))
+    inputs, sensitivity, _ = case(shape, seed=seed)
+    for accuracy, full in ((2e-16, True), (1e-3, False)):
+        gradient = gradient_of(shape, inputs, sensitivity, accuracy=accuracy)
+        assert solve_gradient(gradient).spectrum.full == full
+        assert solve_iteratively(gradient, None, accuracy=accuracy).spectrum.full == full
+
+
+def test_conjugate_gradients_keep_a_rank_that_noise_leaves():
+    shape = Convolution(3, 12, 12, 30, (5, 5), (1, 1), (2, 2))
+    inputs, sensitivity, weight = case(shape)
+    gradient, weights = gradient_of(shape, inputs, sensitivity, accuracy=1e-3), weights_of(shape, inputs, weight)
+    for found in (
+        solve_iteratively(gradient, None, accuracy=1e-3),
+        solve_iteratively(gradient, weights, accuracy=1e-3),
+        solve_iteratively(None, weights, accuracy=1e-3),
+    ):
+        assert found.spectrum.full
+        torch.testing.assert_close(found.inputs, inputs, rtol=0, atol=0.05)
+
+
 # ------------------------------------------------------------------------------------------------ inequalities
 def test_inequalities_pin_down_what_equations_leave_open():
     """Non-negative inputs, mostly zeros, and fewer gradient constraints than pixels."""
