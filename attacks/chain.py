@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fedattack.constraints import Convolution, input_gradient, output, weight_gradient
 from fedattack.errors import FedattackError, NotApplicable
@@ -26,6 +27,9 @@ from fedattack.types import State
 AGREE = 1e-7
 """Relative difference below which two float64 tensors are the same."""
 
+OUTSIDE = 1e4
+"""How many times larger than on the probes the values are on which a layer must still be the map that it seems to be."""
+
 
 # ------------------------------------------------------------------------------------------------ activations
 @dataclass(frozen=True)
@@ -33,8 +37,8 @@ class Activation:
     """An elementwise function A and what its output O = A(Z) says about Z.
 
     inverse: Z where O determines it, by `determined`. derivative: A'(Z) as a function of O. low, high: the open range of
-    O. kinked: A' jumps at Z = 0, so O must be told from 0. folded: outputs below 0 have two Z, of which the larger is
-    given. `other` is A' at the smaller one, and for kinked ones A' on the other side of the kink.
+    O. folded: outputs below 0 have two Z, of which the larger is given. other: A' at the smaller one, and A' on the other
+    side of a kink at Z = 0, where O must be told from 0.
     """
 
     name: str
@@ -43,7 +47,6 @@ class Activation:
     derivative: Callable[[Tensor], Tensor]
     low: float = -math.inf
     high: float = math.inf
-    kinked: bool = False
     flat: bool = False  # below 0 all Z give O = 0
     folded: bool = False
     other: Callable[[Tensor], Tensor] | None = None
@@ -68,7 +71,6 @@ def relu() -> Activation:
         lambda o: o,
         lambda o: (o > 0).to(o),
         low=0.0,
-        kinked=True,
         flat=True,
         other=lambda o: (o <= 0).to(o),
     )
@@ -80,7 +82,6 @@ def leaky_relu(slope: float) -> Activation:
         lambda z: F.leaky_relu(z, slope),
         lambda o: torch.where(o > 0, o, o / slope),
         lambda o: torch.where(o > 0, torch.ones_like(o), slope),
-        kinked=True,
         other=lambda o: torch.where(o > 0, slope, torch.ones_like(o)),
     )
 
@@ -100,7 +101,6 @@ def elu(alpha: float) -> Activation:
         lambda o: torch.where(o > 0, o, torch.log1p(o.clamp_max(0.0) / alpha)),
         lambda o: torch.where(o > 0, torch.ones_like(o), o + alpha),
         low=-alpha,
-        kinked=alpha != 1.0,
     )
 
 
@@ -447,7 +447,7 @@ def _step(call: _Call, steps: list[Step], state: State) -> Step:
         return _pool(call, steps)
     elif (activation := activation_of(module)) is not None:
         return Activate(call.name, activation)
-    if _same(inputs, outputs):
+    if _same(inputs, outputs) and _holds_outside(call, state, lambda x: x.reshape(len(x), *after)):
         return Reshape(call.name, before, after)
     if isinstance(module, Normalize):
         slope = (1.0 / module.std.double()).expand(1, *before)[0].to(inputs)
@@ -455,7 +455,9 @@ def _step(call: _Call, steps: list[Step], state: State) -> Step:
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return _batch_norm(call, state)
     if before == after and (fitted := _fitted_affine(inputs, outputs)) is not None:
-        return Affine(call.name, *fitted)
+        slope, offset = fitted
+        if _holds_outside(call, state, lambda x: slope * x + offset):
+            return Affine(call.name, slope, offset)
     raise NotApplicable(f"{where} is a kind of layer that cannot be run backwards here")
 
 
@@ -533,6 +535,27 @@ def _fitted_affine(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor] | N
     if slope.abs().min() > 0 and _close(slope * inputs + offset, outputs):
         return slope, offset
     return None
+
+
+def _holds_outside(call: _Call, state: State, expected: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a layer is what it seems to be also far outside the values that the probes gave it: clamps are not."""
+    assert call.inputs is not None
+    own = {n: t.detach().clone() for n, t in (*call.module.named_parameters(), *call.module.named_buffers())}
+    own |= {n: state[_child(call.name, n)].detach().clone() for n in own if _child(call.name, n) in state}
+    own = {n: t.to(call.inputs) if t.is_floating_point() else t for n, t in own.items()}
+    size = float(call.inputs.abs().max()) or 1.0
+    drawn = torch.randn(call.inputs.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad(), seeded_default_generator(0):
+        for factor in (-10.0, 10.0, OUTSIDE):
+            for inputs in (factor * call.inputs, factor * size * drawn.to(call.inputs)):
+                wanted = expected(inputs)
+                try:
+                    found = functional_call(call.module, own, (inputs.clone(),))
+                except (RuntimeError, ValueError):  # it asks for something of its inputs
+                    return False
+                if not _close(wanted, found):
+                    return False
+    return True
 
 
 def _dense(calls: list[_Call], number: int, state: State, logits: Tensor) -> Dense:

@@ -127,6 +127,13 @@ def test_dropout_in_evaluation_and_identity_change_nothing():
     assert kinds(read(model.eval())) == [Convolve, Reshape, Reshape, Reshape]
 
 
+def test_pooling_over_single_pixels_changes_nothing():
+    model = sequence(
+        conv(3, 4), lambda: nn.AvgPool2d(1), nn.ReLU, lambda: nn.AdaptiveAvgPool2d((7, 5)), nn.Flatten, dense(140)
+    )
+    assert kinds(read(model)) == [Convolve, Reshape, Activate, Reshape, Reshape]
+
+
 def test_layers_that_work_in_place():
     model = sequence(conv(3, 4), lambda: nn.ReLU(inplace=True), conv(4, 2), nn.Flatten, dense(70))
     assert kinds(read(model)) == [Convolve, Activate, Convolve, Reshape]
@@ -248,6 +255,11 @@ class Twice(Residual):
         return self.head(torch.flatten(self.a(self.a(x)), 1))
 
 
+class ClampedScale(nn.Module):
+    def forward(self, x):
+        return (3 * x - 1).clamp(-50, 50)
+
+
 REFUSED = {
     "residual": (Residual, "'act'.*residual sum of 'a' and 'b'"),
     "hidden-skip": (Hidden, "'a'.*used elsewhere"),
@@ -305,6 +317,18 @@ REFUSED = {
     "unknown-layer": (
         lambda: sequence(conv(3, 4), lambda: nn.Softmax2d(), nn.Flatten, dense(140)),
         r"'l1' \(Softmax2d\).*cannot be run backwards",
+    ),
+    "clamp-far-outside": (
+        lambda: sequence(conv(3, 4), lambda: nn.Hardtanh(-100, 100), nn.Flatten, dense(140)),
+        r"'l1' \(Hardtanh\).*cannot be run backwards",
+    ),
+    "clamp-of-small-values": (
+        lambda: sequence(lambda: nn.ReLU6(), conv(3, 4), nn.Flatten, dense(140)),
+        r"'l0' \(ReLU6\).*cannot be run backwards",
+    ),
+    "clamped-scale": (
+        lambda: sequence(conv(3, 4), ClampedScale, nn.Flatten, dense(140)),
+        r"'l1' \(ClampedScale\).*cannot be run backwards",
     ),
     "transposed-convolution": (
         lambda: sequence(lambda: nn.ConvTranspose2d(3, 2, 3), nn.Flatten, dense(126)),
