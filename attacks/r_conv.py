@@ -398,9 +398,15 @@ def _deactivate(front: _Front, step: Activate, accuracy: float, total: _Total | 
     """Through an activation by its outputs alone: Z is never needed, A'(Z) is a function of A(Z).
 
     Where that function has two values (an output close to the kink, or below zero for SiLU and GELU), the bias gradient
-    below decides; raises NotApplicable where it contradicts the larger Z and no few outputs explain it.
+    below decides; raises NotApplicable where it contradicts the larger Z and no few outputs explain it, and where SiLU or GELU
+    need it and there is none.
     """
     activation, outputs = step.activation, front.values
+    if activation.folded and total is None and bool((outputs < 0).any()):
+        raise NotApplicable(
+            f"layer {step.name!r} ({activation.name}) gives values below zero, each of two inputs, and no bias gradient of a "
+            "convolution before it says which"
+        )
     edge = 0.0
     if activation.flat:
         edge = threshold(outputs, accuracy)

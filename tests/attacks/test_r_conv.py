@@ -184,6 +184,20 @@ def test_folded_activations_are_exact_or_refused(make_update, random_images, nam
         attack(update, model, (2, 6, 6))
 
 
+@pytest.mark.parametrize("layer", [nn.SiLU, nn.GELU])
+def test_folded_activations_without_a_bias_gradient_are_refused(make_update, random_images, layer):
+    """Behind a convolution without a bias nothing says which of two inputs an output below zero comes from."""
+    layers = lambda: nn.Conv2d(2, 12, 3, padding=1, bias=False), lambda: nn.BatchNorm2d(12), layer
+    model = sequence(*layers, nn.Flatten, lambda: nn.Linear(12 * 36, CLASSES))
+    images = random_images((1, 2, 6, 6))
+    update = make_update(model, images, torch.tensor([1]))
+    with pytest.raises(NotApplicable, match=r"'l2' \((silu|gelu)\).*no bias gradient"):
+        attack(update, model, (2, 6, 6))
+    with torch.no_grad():
+        model.l1.bias.fill_(50.0)  # then no output is below zero, and none needs a choice
+    exactly(attack(make_update(model, images, torch.tensor([1])), model, (2, 6, 6)), images, 80)
+
+
 # ------------------------------------------------------------------------------------------------ several images
 @pytest.mark.parametrize("batch", [2, 3])
 def test_a_batch_behind_a_relu_layer(make_update, random_images, batch):
