@@ -429,9 +429,28 @@ def check_settings(settings: Settings, source: _Source | None = None) -> list[st
             problems.append(
                 source.at(f"{key}: controls need another client's update: federation.clients must be at least 2")
             )
+        elif attack.control == UNRELATED and len(_captured(settings)) < 2:
+            problems.append(
+                source.at(
+                    f"capture.clients: must name at least two of the clients, 0 to "
+                    f"{federation.clients - 1} (controls), got {list(settings.capture.clients)}"
+                )
+            )
+        if attack.control == UNRELATED and federation.secure_aggregation:
+            problems.append(
+                source.at(
+                    "federation.mods: must be without secaggplus where another client's update is needed (controls)"
+                )
+            )
         if settings.task.name in TASKS and settings.task.name not in found.tasks:
             problems.append(source.at(f"{key}: {attack.name} attacks {', '.join(sorted(found.tasks))} only"))
     return problems
+
+
+def _captured(settings: Settings) -> set[int]:
+    """Numbers of the clients whose updates are copied."""
+    clients = range(settings.federation.clients)
+    return set(clients) & set(settings.capture.clients or clients)
 
 
 def _partition_problems(data: DataSettings) -> list[str]:

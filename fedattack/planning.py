@@ -137,6 +137,15 @@ def _strangers(folder: FederationFolder, path: Path) -> list[tuple[Path, Path]]:
     return [(path, same[place - 1]), *([(same[0], path)] if place == 1 else [])]
 
 
+def why_not_planned(folder: FederationFolder, attack: AttackSettings, path: Path) -> str:
+    """Why an attack on a copied update will never have a job, "" where it has one or may still get it."""
+    if attack.control != UNRELATED or not folder.done.exists():
+        return ""
+    number = path.stem.rpartition("-round-")[2]
+    same = [other for other in updates_of(folder) if other.stem.rpartition("-round-")[2] == number]
+    return "" if len(same) > 1 else "no other client's update of this round was copied"
+
+
 def _jobs(
     settings: Settings,
     run: RunFolder,

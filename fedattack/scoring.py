@@ -14,7 +14,7 @@ from fedattack.errors import FedattackError
 from fedattack.flooring import UNAVAILABLE, FloorRow, Floors
 from fedattack.jobs import Job, load_outcome, reconstruction_path
 from fedattack.metrics import baselines, matched_images, score
-from fedattack.planning import cell_facts, job_id, read_truth, row_facts, updates_of
+from fedattack.planning import cell_facts, job_id, read_truth, row_facts, updates_of, why_not_planned
 from fedattack.provenance import overlap
 from fedattack.seeding import derive_generator
 from fedattack.store import (
@@ -82,7 +82,7 @@ def _attack_row(
     truth: dict[str, Tensor] | None,
     lpips: Sequence[str],
 ) -> Row:
-    """The row of an attack on an update; status "pending" while its job has no outcome."""
+    """The row of an attack on an update: "pending" while its job has no outcome, "not-applicable" if it cannot have one."""
     job_name = job_id(settings, update_path, attack)
     kind = "baseline" if attack.control else "attack"
     outcome = load_outcome(run.results, job_name)
@@ -95,8 +95,11 @@ def _attack_row(
             "attack_spec": attack.spec,
             "oracles": [],
         }
-        pending = {"job": job_name, "kind": kind, "status": "pending", "error": "not run yet: start the run again"}
-        return cell_facts(settings) | who | pending
+        if never := why_not_planned(run.federation(settings.federation_id), attack, update_path):
+            status, error = "not-applicable", never
+        else:
+            status, error = "pending", "not run yet: start the run again"
+        return cell_facts(settings) | who | {"job": job_name, "kind": kind, "status": status, "error": error}
     kept = run.scores / f"{job_name}.json"
     if (
         kept.exists()

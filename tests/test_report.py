@@ -99,6 +99,56 @@ def test_a_cell_is_over_all_images() -> None:
     assert dlg.seconds_per_step == pytest.approx(6.0 / 600)
 
 
+def test_a_baseline_that_failed_for_some_targets_is_not_the_best() -> None:
+    """A control without a result for client-1 would leave its images without a comparison."""
+    control = [
+        base("control", [50.0, 50.0]),
+        row("control", None, kind="baseline", status="failed", error="out of memory", client="client-1"),
+    ]
+    dlg = next(c for c in summarise([*control, *ROWS]) if c.attack.startswith("dlg") and c.defense == "none")
+    assert (dlg.baseline, dlg.baseline_db) == ("mean-image", 13.5)
+    assert "undecided" not in dlg.verdicts
+    whole = [*control, base("control", [51.0, 51.0], client="client-1")]
+    dlg = next(c for c in summarise([*whole, *ROWS]) if c.attack.startswith("dlg") and c.defense == "none")
+    assert (dlg.baseline, dlg.baseline_db) == ("control", 50.5)
+    only = next(c for c in summarise([control[0], *ROWS[3:5]]) if not c.baseline_kind)
+    assert (only.baseline, only.baseline_db) == ("control", 50.0)
+
+
+@pytest.mark.parametrize(
+    ("shared", "words"),
+    [
+        (
+            {"compared": 2, "same": 1, "mirrored": True},
+            "1 of 2 attacked images is among its training images (thumbnails, also mirrored, were compared)",
+        ),
+        (
+            {"compared": 2, "same": 0, "mirrored": False},
+            "0 of 2 attacked images are among its training images (thumbnails, not mirrored, were compared)",
+        ),
+        (
+            {"compared": 2, "same": 0},
+            "0 of 2 attacked images are among its training images (thumbnails, not mirrored, were compared)",
+        ),
+        (
+            {
+                "compared": 0,
+                "same": None,
+                "reason": "it was trained on images of 3 channels, those under attack have 1",
+            },
+            "among its training images is not known: it was trained on images of 3 channels, those under attack have 1.",
+        ),
+        (None, "Whether the attacked images are among its training images is not known."),
+    ],
+)
+def test_what_was_compared_with_a_priors_images_is_said(
+    tmp_path: Path, shared: dict[str, Any] | None, words: str
+) -> None:
+    fields = {"prior": "priors/faces", "knowledge": ["prior"], "prior_data": {"dataset": "faces"}}
+    told = row("gidm", [20.0, 21.0], **fields, **({"prior_overlap": shared} if shared else {}))
+    assert words in words_of(page_of(run_folder(tmp_path, [told])))
+
+
 def test_given_labels_are_no_success() -> None:
     gidm = next(c for c in summarise(ROWS) if c.attack == "gidm")
     assert (gidm.label_accuracy, gidm.labels_given, gidm.oracles) == (0.5, True, ("labels",))

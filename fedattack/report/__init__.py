@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedattack.config import FINAL
 from fedattack.errors import FedattackError, must
 from fedattack.report import summary
 from fedattack.report.charts import Series, legend, line_chart
@@ -29,9 +30,6 @@ CURVES = 4
 
 LINES = 200
 """Failures and incidents listed."""
-
-FINAL = "final"
-"""The prior that a federation ends with, see ThreatSettings.prior."""
 
 TITLES = {
     "headline": "What leaked",
@@ -367,7 +365,10 @@ def _last(entries: Iterable[Row], metric: str) -> float | None:
 
 # ------------------------------------------------------------------------------------------------ lists
 def _priors(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Every prior once: what it was trained on, and how many of the attacked images were among that (None: not known)."""
+    """Every prior once: what it was trained on, and how many of the attacked images were among that (None: not known).
+
+    mirrored: whether all were compared mirrored too; reasons: why some were not compared.
+    """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     counted: set[tuple[str, ...]] = set()
     for row in rows:
@@ -377,13 +378,20 @@ def _priors(rows: Iterable[Row]) -> list[dict[str, Any]]:
         facts = ("dataset", "split", "images", "seed", "steps", "sha256")
         about = data if isinstance(data, Mapping) else {}
         told = ", ".join(f"{fact} {about[fact]}" for fact in facts if about.get(fact) is not None)
-        prior = found.setdefault((name, told), {"name": name, "about": told, "same": None, "compared": 0})
+        prior = found.setdefault(
+            (name, told), {"name": name, "about": told, "same": None, "compared": 0, "mirrored": True, "reasons": []}
+        )
         prior["own"] = name == FINAL
         target = (name, told, *map(str, summary.target_of(row)))
         if isinstance(shared, Mapping) and target not in counted:
             counted.add(target)
-            prior["same"] = (prior["same"] or 0) + int(summary.number(shared.get("same")) or 0)
-            prior["compared"] += int(summary.number(shared.get("compared")) or 0)
+            same, reason = summary.number(shared.get("same")), summary.text(shared, "reason")
+            if same is not None:
+                prior["same"] = (prior["same"] or 0) + int(same)
+                prior["compared"] += int(summary.number(shared.get("compared")) or 0)
+                prior["mirrored"] = prior["mirrored"] and shared.get("mirrored") is True
+            elif reason and reason not in prior["reasons"]:
+                prior["reasons"].append(reason)
     return list(found.values())
 
 

@@ -340,17 +340,21 @@ Paired = dict[tuple[str, str, str], PerImage]
 def _best_baseline(
     groups: Mapping[tuple[str, str, str, str, bool], list[Row]], case: str, defense: str
 ) -> tuple[str | None, Paired]:
-    """Name of the baseline of the highest mean PSNR and its PSNR per target; (None, {}) where there is none."""
-    found: list[tuple[float, str, Paired]] = []
+    """Name of the baseline of the highest mean PSNR and its PSNR per target; (None, {}) where there is none.
+
+    Only those compete that have a number for as many images as any: one that failed for some would leave these without.
+    """
+    found: list[tuple[int, float, str, Paired]] = []
     for key, group in groups.items():
         if key[0] == case and key[1] == defense and key[4]:
             values = [value for row in group for value in numbers(row, "psnr_db") if is_ok(row)]
             if values:
                 paired = {target_of(row): per_image(row, "psnr_db") for row in group if is_ok(row)}
-                found.append((statistics.fmean(values), key[2], paired))
+                covered = sum(value is not None for psnrs in paired.values() for value in psnrs)
+                found.append((covered, statistics.fmean(values), key[2], paired))
     if not found:
         return None, {}
-    _, name, paired = max(found, key=lambda entry: entry[0])
+    *_, name, paired = max(found, key=lambda entry: entry[:2])
     return name, paired
 
 

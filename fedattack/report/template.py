@@ -314,8 +314,8 @@ is stated. Baselines are in italics; nearest-public looks at the truth and is a 
 {% for prior in priors %}
 <p class="{{ "alarm" if prior.same or prior.own else "note" }}">Prior {{ prior.name }}: {{ prior.about or "it does not say what it was trained on" }}.
 {% if prior.own %}It was trained on the very images under attack.
-{% elif prior.same is none %}Whether the attacked images are among its training images is not known.
-{% else %}{{ prior.same }} of {{ prior.compared }} attacked images {{ "is" if prior.same == 1 else "are" }} among its training images (thumbnails compared).{% endif %}</p>
+{% elif prior.same is none %}Whether the attacked images are among its training images is not known{{ ": " + prior.reasons|join("; ") if prior.reasons }}.
+{% else %}{{ prior.same }} of {{ prior.compared }} attacked images {{ "is" if prior.same == 1 else "are" }} among its training images (thumbnails, {{ "also" if prior.mirrored else "not" }} mirrored, were compared).{% if prior.reasons %} Others could not be compared: {{ prior.reasons|join("; ") }}.{% endif %}{% endif %}</p>
 {% endfor %}
 </section>
 

@@ -1,5 +1,7 @@
 """Controls of attacks that an update leads, and a prior that was trained on the very images under attack: both are said."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -9,7 +11,8 @@ from fedattack.data import load_dataset
 from fedattack.jobs import Job
 from fedattack.metrics import psnr_db
 from fedattack.prior_training import PriorSettings, train_prior
-from fedattack.store import load_reconstruction, read_rows, read_tensors
+from fedattack.scoring import score_run
+from fedattack.store import RunFolder, load_reconstruction, read_rows, read_tensors
 
 SETTINGS = {"guidance": "posterior", "sampling_steps": 4, "linearisations": 1}
 
@@ -62,6 +65,11 @@ def test_one_setting_adds_both_controls_and_survives_a_round_trip(prior, tmp_pat
 def test_controls_that_cannot_be_are_refused(prior):
     with pytest.raises(ConfigError, match="controls need another client's update"):
         config(prior, federation={"clients": 1, "rounds": 1})
+    with pytest.raises(ConfigError, match=r"config: capture\.clients: must name at least two .* \(controls\)"):
+        config(prior, capture={"clients": [0, 7]})
+    with pytest.raises(ConfigError, match=r"config: federation\.mods: must be without secaggplus .* \(controls\)"):
+        config(prior, federation={"clients": 3, "rounds": 1, "protocol": "fedavg", "mods": ["secaggplus"]})
+    assert len(config(prior, capture={"clients": [0, 2]}).cells[0].attack) == 3
     with pytest.raises(ConfigError, match="guidance"):
         config(prior, attack=[{"name": "dlg", "controls": True}])
 
@@ -90,6 +98,22 @@ def test_the_unrelated_update_is_another_clients_of_the_same_round(finished):
         truth = read_tensors(run.federation(row["federation"]).truth / other)[0]["images"]
         found = load_reconstruction(run.results / row["job"] / "reconstruction.safetensors")
         assert float(psnr_db(found.images, truth)) > 60.0
+
+
+def test_a_control_without_a_second_update_is_not_applicable(finished, tmp_path):
+    """Not pending, once the federation has ended: no further start of the run brings the update that is lacking."""
+    run = RunFolder(shutil.copytree(finished[0].path, tmp_path / "run"))
+    experiment = load_config(run.config)
+    folder = run.federation(experiment.cells[0].federation_id)
+    for client in (1, 2):
+        (folder.updates / f"client-{client}-round-1.safetensors").unlink()
+    shutil.rmtree(run.results)
+    controls = [row for row in score_run(run, experiment) if row.get("attack") == f"gg-cdm, {UNRELATED}"]
+    assert [(row["client"], row["status"]) for row in controls] == [("client-0", "not-applicable")]
+    assert "no other client's update of this round" in controls[0]["error"]
+    folder.done.unlink()
+    statuses = {row["attack"]: row["status"] for row in score_run(run, experiment) if "attack" in row}
+    assert statuses[f"gg-cdm, {UNRELATED}"] == statuses["gg-cdm"] == "pending"
 
 
 def test_a_prior_that_saw_the_attacked_images_is_reported(finished, prior):
