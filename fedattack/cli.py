@@ -349,6 +349,9 @@ def floor(
     seconds: Annotated[
         float, typer.Option(help="Under auto and probes, seconds an update may take, estimated by counting operations.")
     ] = 600.0,
+    rv: Annotated[
+        bool, typer.Option("--rv", help="Also state RV = ‖∂gradient/∂images‖_F of every update, which ranks models.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything as JSON.")] = None,
 ) -> None:
     """How well could any unbiased attack do? The Cramér-Rao floor of every update, before any attack is run.
@@ -375,7 +378,7 @@ def floor(
         raise FedattackError(must("--run", "a folder that `fedattack run` made (with a config.toml)", str(run)))
     experiment = load_config(config or RunFolder(run or Path()).config, overrides or [])
     if run is not None:
-        lines = _floor_lines(RunFolder(run.resolve()), experiment, method, seconds, db)
+        lines = _floor_lines(RunFolder(run.resolve()), experiment, method, seconds, db, rv)
     else:
         with TemporaryDirectory(prefix="fedattack-floor-") as folder:
             target = RunFolder(Path(folder) / "run")
@@ -383,7 +386,7 @@ def floor(
             pool = experiment.pool.model_copy(update={"workers": 0})
             trained = experiment.model_copy(update={"cells": tuple(plain), "pool": pool})
             _by_name("experiments.engines").run_in_process(trained, target, on_round=_say_round)
-            lines = _floor_lines(target, experiment, method, seconds, db)
+            lines = _floor_lines(target, experiment, method, seconds, db, rv)
     _print_floors(lines, sigmas, db)
     if json_file is not None:
         write_json(json_file, finite(lines))
@@ -636,7 +639,18 @@ def _sigmas(text: str) -> list[float]:
     return found
 
 
-def _floor_lines(run: Any, experiment: Any, method: str, seconds: float, db: float) -> list[dict[str, Any]]:
+def _vulnerability_of(run: Any, cell: Any, path: Path) -> dict[str, Any]:
+    """RV of an update: rv, rv_over_update_rms, relative_error; or the reason why there is none."""
+    from fedattack.flooring import target_of
+
+    try:
+        found = target_of(run, cell, path).vulnerability()
+    except FedattackError as reason:
+        return {"reason": str(reason)}
+    return {"rv": found.rv, "rv_over_update_rms": found.relative, "relative_error": found.relative_error}
+
+
+def _floor_lines(run: Any, experiment: Any, method: str, seconds: float, db: float, rv: bool) -> list[dict[str, Any]]:
     """One line an update of every cell that differs in more than its attacks, with a bar that counts derivatives."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -658,9 +672,21 @@ def _floor_lines(run: Any, experiment: Any, method: str, seconds: float, db: flo
             bar.reset(one, description=f"{cell.title}: {path.stem}")
             row = floors.row(cell, path, lambda done, total, _: bar.update(one, completed=done, total=total))
             client, _, number = path.stem.rpartition("-round-")
-            lines.append(cell_facts(cell) | {"client": client, "round": int(number), "floor": row})
+            line = cell_facts(cell) | {"client": client, "round": int(number), "floor": row}
+            lines.append(line | ({"vulnerability": _vulnerability_of(run, cell, path)} if rv else {}))
             bar.advance(whole)
     return lines
+
+
+def _vulnerability_words(about: dict[str, Any]) -> str:
+    from fedattack.report.summary import small_number
+
+    if "rv" not in about:
+        return f"no RV: {about['reason']}"
+    error = f" ± {100 * about['relative_error']:.1f} %" if about["relative_error"] else ""
+    return (
+        f"RV {small_number(about['rv'])}{error}, {small_number(about['rv_over_update_rms'])} times the gradient's rms"
+    )
 
 
 def _print_floors(lines: list[dict[str, Any]], sigmas: list[float], db: float) -> None:
@@ -685,6 +711,8 @@ def _print_floors(lines: list[dict[str, Any]], sigmas: list[float], db: float) -
         notes = []
         for line in (item for item in lines if (item["case"], item["defense"]) == (title, defense)):
             floor, name = line["floor"], f"{line['client']}, round {line['round']}"
+            if about := line.get("vulnerability"):
+                notes.append(f"{name}: {_vulnerability_words(about)}")
             if "rms_per_sigma" not in floor:
                 notes.append(f"{name}: {floor['reason']}")
                 table.add_row(name, "not available")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedattack.config import Experiment, Settings
 from fedattack.errors import NotApplicable
@@ -25,8 +25,9 @@ from fedattack.planning import read_truth, server_facts, updates_of
 from fedattack.registry import DEFENSES
 from fedattack.seeding import derive_generator
 from fedattack.store import RunFolder, finite, load_update, read_json, write_json
-from fedattack.tasks import STATISTICS, build_task
+from fedattack.tasks import STATISTICS, Task, build_task
 from fedattack.types import Defense, Knowledge, Progress, Update, silent
+from fedattack.vulnerability import Vulnerability, vulnerability
 
 FloorRow = dict[str, Any]
 
@@ -105,6 +106,42 @@ class Target:
             raise NotApplicable(
                 "several local steps of several clients, of which only the mean was seen, are not modelled"
             )
+        model, task = self._built()
+        knowledge = Knowledge(**server_facts(self.update, dict(self.context)))
+        if self.noise_known:
+            knowledge = replace(knowledge, noise=self.truth.get("noise"))
+        with torch_threads(1):
+            return error_floor(
+                self.update,
+                model,
+                task,
+                knowledge,
+                self._private(task),
+                method=method,
+                seconds=seconds,
+                clip_norm=self.protection.clip_norm,
+                generator=derive_generator(self.settings.seed, "floor", self.path.stem),
+                progress=progress,
+            )
+
+    def vulnerability(self) -> Vulnerability:
+        """RV at the truth, labels, timesteps and noise being known, of the gradient before any defense.
+
+        Raises NotApplicable where something else than the gradient of one client was sent.
+        """
+        if self.update.kind != "gradient" or self.path.stem.startswith("aggregate-"):
+            raise NotApplicable("RV is that of one client's gradient")
+        model, task = self._built()
+        sent = {name: t.double() if t.is_floating_point() else t for name, t in self.update.sent.items()}
+        private = {name: t.double() if t.is_floating_point() else t for name, t in self._private(task).items()}
+        generator = derive_generator(self.settings.seed, "vulnerability", self.path.stem)
+        with torch_threads(1):
+            return vulnerability(model, sent, task, [private], generator=generator)
+
+    def _private(self, task: Task) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.truth.items() if name in {"images", "labels", *task.drawn}}
+
+    def _built(self) -> tuple[nn.Module, Task]:
         context = self.context
         model = build_model(
             context["model"]["name"],
@@ -114,23 +151,7 @@ class Target:
             **context["model"].get("options", {}),
         ).double()
         model.train(context.get("mode", "train") == "train")
-        task = build_task(context["task"]["name"], context["task"].get("options"))
-        knowledge = Knowledge(**server_facts(self.update, dict(context)))
-        if self.noise_known:
-            knowledge = replace(knowledge, noise=self.truth.get("noise"))
-        with torch_threads(1):
-            return error_floor(
-                self.update,
-                model,
-                task,
-                knowledge,
-                {name: tensor for name, tensor in self.truth.items() if name in {"images", "labels", *task.drawn}},
-                method=method,
-                seconds=seconds,
-                clip_norm=self.protection.clip_norm,
-                generator=derive_generator(self.settings.seed, "floor", self.path.stem),
-                progress=progress,
-            )
+        return model, build_task(context["task"]["name"], context["task"].get("options"))
 
 
 def target_of(run: RunFolder, settings: Settings, path: Path) -> Target:

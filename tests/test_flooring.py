@@ -13,6 +13,7 @@ from fedattack.cli import app
 from fedattack.config import parse_config
 from fedattack.errors import FedattackError, NotApplicable
 from fedattack.flooring import Floors, Protection, target_of
+from fedattack.models import build_model
 from fedattack.planning import updates_of
 from fedattack.report import markdown_table
 from fedattack.report.summary import cell_floor, summarise
@@ -269,6 +270,41 @@ def test_the_command_measures_a_run_that_is_there(campaign, tmp_path):
     lines = json.loads(target.read_text())
     assert len(lines) == 6
     assert {line["floor"]["status"] for line in lines} == {"exact"}
+
+
+def test_the_command_states_vulnerability(campaign, tmp_path):
+    """By finite differences of the gradient at the truth, pixel by pixel."""
+    run, wanted = campaign
+    done = CliRunner().invoke(app, ["floor", "--run", str(run.path), "--rv", "--json", str(tmp_path / "f.json")])
+    assert done.exit_code == 0, done.output
+    assert "times the gradient's rms" in done.output
+    line = json.loads((tmp_path / "f.json").read_text())[0]
+    cell = next(one for one in wanted.cells if one.federation.defense == line["defense"])
+    path = run.federation(cell.federation_id).updates / f"{line['client']}-round-1.safetensors"
+    target = target_of(run, cell, path)
+    context = target.context
+    shape, options = context["image_shape"], context["model"]["options"]
+    model = build_model("mlp", image_shape=shape, num_classes=context["num_classes"], seed=0, **options).double()
+    model.load_state_dict({name: tensor.double() for name, tensor in target.update.sent.items()})
+
+    def gradient(pixels):
+        loss = torch.nn.functional.cross_entropy(model(pixels.reshape(-1, *shape)), target.truth["labels"])
+        return torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss, list(model.parameters()))])
+
+    at = target.truth["images"].double().reshape(-1)
+    steps = 1e-5 * torch.eye(len(at), dtype=torch.float64)
+    squares = [((gradient(at + step) - gradient(at - step)) / 2e-5).square().sum() for step in steps]
+    assert line["vulnerability"]["rv"] == pytest.approx(float(sum(squares)) ** 0.5, rel=1e-5)
+    plain = CliRunner().invoke(app, ["floor", "--run", str(run.path)])
+    assert "RV" not in plain.output
+
+
+def test_there_is_no_vulnerability_of_weights(tmp_path):
+    wanted = experiment(federation={"clients": 1, "rounds": 1, "protocol": "fedavg"}, attack=["linear-leak"])
+    run = run_campaign(wanted, tmp_path / "run").run
+    (path,) = updates_of(run.federation(wanted.cells[0].federation_id))
+    with pytest.raises(NotApplicable, match="one client's gradient"):
+        target_of(run, wanted.cells[0], path).vulnerability()
 
 
 def test_the_command_trains_by_itself(tmp_path, monkeypatch):
