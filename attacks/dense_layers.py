@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from attacks.disaggregation import DenseLayer, Disaggregated
-from attacks.linear_leak import ImageLayer, image_layer
+from attacks.linear_leak import ImageLayer, image_layer, whole_state
 from attacks.mixing_equations import identity
 from fedattack.errors import NotApplicable
+from fedattack.seeding import seeded_default_generator
 from fedattack.tasks import bind
 from fedattack.types import Knowledge, Reconstruction, State, Update
 
@@ -44,7 +45,7 @@ class Behind:
 
 def behind(model: nn.Module, sent: State, layer: str, probes: Tensor) -> Behind:
     """What follows the dense layer called `layer`, seen on probe images (n,C,H,W); weights are `sent`, in float64."""
-    state = {name: t.double() if t.is_floating_point() else t.clone() for name, t in sent.items()}
+    state = whole_state(model, sent)
     calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []
     handles = []
 
@@ -55,7 +56,7 @@ def behind(model: nn.Module, sent: State, layer: str, probes: Tensor) -> Behind:
         for name, module in model.named_modules():
             if not any(True for _ in module.children()):
                 handles.append(module.register_forward_hook(watch(name)))
-        with torch.no_grad():
+        with torch.no_grad(), seeded_default_generator(0):
             logits = bind(model, state)(probes.double())
     finally:
         for handle in handles:

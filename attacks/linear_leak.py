@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedattack.errors import NotApplicable
+from fedattack.seeding import seeded_default_generator
 from fedattack.tasks import Task, bind
 from fedattack.types import Knowledge, Progress, Reconstruction, State, Update, silent
 
@@ -78,6 +79,13 @@ class ImageLayer:
     outputs: int
 
 
+def whole_state(model: nn.Module, sent: State) -> State:
+    """Copies of `sent` and of the buffers it lacks, in float64: running a model on them in any mode changes neither."""
+    some = next(t for t in sent.values() if t.is_floating_point())
+    state = {name: tensor.detach().to(some.device) for name, tensor in model.named_buffers()} | dict(sent)
+    return {name: t.to(torch.float64, copy=True) if t.is_floating_point() else t.clone() for name, t in state.items()}
+
+
 def image_layer(model: nn.Module, sent: State, shape: tuple[int, int, int], generator: torch.Generator) -> ImageLayer:
     """The first dense layer whose input is an elementwise affine map of the image.
 
@@ -86,14 +94,14 @@ def image_layer(model: nn.Module, sent: State, shape: tuple[int, int, int], gene
     pixels = shape[0] * shape[1] * shape[2]
     some = next(t for t in sent.values() if t.is_floating_point())
     probes = torch.stack([torch.zeros(shape), torch.ones(shape), torch.rand(shape, generator=generator)])
-    state = {name: t.double() if t.is_floating_point() else t.clone() for name, t in sent.items()}
+    state = whole_state(model, sent)
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or module.bias is None or module.in_features != pixels:
             continue
         seen: list[Tensor] = []
         handle = module.register_forward_pre_hook(lambda _module, inputs, seen=seen: seen.append(inputs[0].detach()))
         try:
-            with torch.no_grad():
+            with torch.no_grad(), seeded_default_generator(0):
                 outputs = bind(model, state)(probes.to(some.device, torch.float64)).shape[-1]
         finally:
             handle.remove()
