@@ -1,4 +1,7 @@
-"""Attack plugins: one paper per file. Deleting a file and its line here removes the attack."""
+"""Attack plugins: one paper per file. Deleting a file and its line here removes the attack.
+
+Files that have no line here are helpers, imported by those that use them; none of them imports an attack.
+"""
 
 ATTACKS: dict[str, str] = {
     "linear-leak": "attacks.linear_leak:LinearLeak",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from attacks.disaggregation import DenseLayer, Disaggregated
-from attacks.linear_leak import ImageLayer, image_layer, whole_state
+from attacks.image_layer import ImageLayer, image_layer, whole_state
 from attacks.mixing_equations import identity
 from fedattack.errors import NotApplicable
 from fedattack.seeding import seeded_default_generator

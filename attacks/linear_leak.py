@@ -15,10 +15,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from attacks.image_layer import image_layer
 from fedattack.errors import NotApplicable
-from fedattack.seeding import seeded_default_generator
-from fedattack.tasks import Task, bind
-from fedattack.types import Knowledge, Progress, Reconstruction, State, Update, silent
+from fedattack.tasks import Task
+from fedattack.types import Knowledge, Progress, Reconstruction, Update, silent
 
 
 @dataclass(frozen=True)
@@ -67,50 +67,6 @@ class LinearLeak:
         images = ((inputs - found.offset) / found.slope).reshape(-1, *knowledge.image_shape).clamp(0.0, 1.0)
         progress(1, 1, diagnostics.get("relative_residual", 0.0))
         return Reconstruction(images=images, steps=1, seconds=perf_counter() - begun, diagnostics=diagnostics)
-
-
-@dataclass(frozen=True)
-class ImageLayer:
-    """A dense layer that sees slope·image + offset, pixel by pixel, (D,) each, in a model with so many outputs."""
-
-    name: str
-    slope: Tensor
-    offset: Tensor
-    outputs: int
-
-
-def whole_state(model: nn.Module, sent: State) -> State:
-    """Copies of `sent` and of the buffers it lacks, in float64: running a model on them in any mode changes neither."""
-    some = next(t for t in sent.values() if t.is_floating_point())
-    state = {name: tensor.detach().to(some.device) for name, tensor in model.named_buffers()} | dict(sent)
-    return {name: t.to(torch.float64, copy=True) if t.is_floating_point() else t.clone() for name, t in state.items()}
-
-
-def image_layer(model: nn.Module, sent: State, shape: tuple[int, int, int], generator: torch.Generator) -> ImageLayer:
-    """The first dense layer whose input is an elementwise affine map of the image.
-
-    The map is read off a black and a white image and checked on a random one. Raises NotApplicable where no layer is such.
-    """
-    pixels = shape[0] * shape[1] * shape[2]
-    some = next(t for t in sent.values() if t.is_floating_point())
-    probes = torch.stack([torch.zeros(shape), torch.ones(shape), torch.rand(shape, generator=generator)])
-    state = whole_state(model, sent)
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or module.bias is None or module.in_features != pixels:
-            continue
-        seen: list[Tensor] = []
-        handle = module.register_forward_pre_hook(lambda _module, inputs, seen=seen: seen.append(inputs[0].detach()))
-        try:
-            with torch.no_grad(), seeded_default_generator(0):
-                outputs = bind(model, state)(probes.to(some.device, torch.float64)).shape[-1]
-        finally:
-            handle.remove()
-        black, white, random = seen[0].reshape(3, -1)
-        slope, offset = white - black, black
-        predicted = slope * probes[2].reshape(-1).to(slope) + offset
-        if slope.abs().min() > 0 and torch.allclose(predicted, random, rtol=1e-6, atol=1e-6):
-            return ImageLayer(name, slope, offset, outputs)
-    raise NotApplicable("no dense layer with a bias sees the image itself (only through convolutions or not at all)")
 
 
 def _exclusive_rows(weight: Tensor, bias: Tensor, batch: int, agreement: float) -> tuple[Tensor, int]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from attacks.dense_layers import behind
-from attacks.linear_leak import image_layer
+from attacks.image_layer import image_layer
 from fedattack.seeding import derive_generator, seeded_default_generator
 
 SHAPE = (2, 4, 3)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from attacks.linear_leak import LinearLeak, image_layer
+from attacks.image_layer import image_layer
+from attacks.linear_leak import LinearLeak
 from fedattack.errors import NotApplicable
 from fedattack.metrics import psnr_db
 from fedattack.models import Normalize, build_model
