@@ -458,6 +458,7 @@ def analyse(
     """Which layers of MODEL could be inverted in closed form, and what would close the gap: before any data is seen.
 
     MODEL is a name with options if wanted, "conv-chain(architecture='letnet-o')", or "package.module:Class(width=8)".
+
     For every convolution: unknowns of its input, gradient constraints (the entries of its weight's gradient), and the number of
     filters from which gradient constraints, or its outputs alone, are as many as the unknowns. Then clients are played with
     public images and their updates inverted by r-conv: rank and condition number of each layer's equations, and what came out.
