@@ -128,7 +128,7 @@ def test_registry_and_errors_need_no_torch():
     assert run(code).stdout.strip() == "False"
 
 
-@pytest.mark.skipif(not (ROOT / "fedattack" / "cli.py").exists(), reason="there is no command line yet")
+@pytest.mark.skipif(not (ROOT / "fedattack" / "cli").exists(), reason="there is no command line yet")
 def test_the_command_line_starts_without_torch():
     """`fedattack --help` answers at once: torch, Flower and Ray are imported by the commands that need them."""
     done = run("import fedattack.cli", "-X", "importtime")

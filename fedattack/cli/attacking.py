@@ -1,0 +1,200 @@
+"""`fedattack attack`: one copied update, offline."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedattack.cli.shared import image_shape_of
+from fedattack.errors import FedattackError
+
+if TYPE_CHECKING:
+    from fedattack.types import Knowledge
+
+
+def attack(
+    update: Annotated[
+        Path, typer.Argument(help="A copied update, e.g. runs/demo/federations/…/updates/client-0-round-1.safetensors.")
+    ],
+    attack: Annotated[
+        list[str],
+        typer.Option("--attack", "-a", help='An attack, with parameters if wanted: "dlg" or "dlg(iterations=100)".'),
+    ],
+    know: Annotated[
+        list[str] | None,
+        typer.Option("--know", "-k", help="A fact the attacker has, e.g. labels=[3,5] batch_size=2 learning_rate=0.1."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help='Model, if the file does not say: "lenet" or "package.module:Class(width=8)".')
+    ] = "",
+    task: Annotated[str, typer.Option(help='Task, if the file does not say: "classification" or "diffusion(…)".')] = "",
+    image_shape: Annotated[str, typer.Option(help='Image shape, if the file does not say: "3,32,32".')] = "",
+    num_classes: Annotated[int, typer.Option(help="Number of classes, if the file does not say.")] = 0,
+    public: Annotated[
+        str, typer.Option(help="Public images for the attacker: a data set, npz:PATH or images:FOLDER.")
+    ] = "",
+    truth: Annotated[
+        Path | None, typer.Option(help="Truth file, only to score the result: the attack never sees it.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where pictures and results go.")] = Path("reconstruction"),
+    seed: Annotated[int, typer.Option(help="Root seed.")] = 0,
+    timeout: Annotated[float, typer.Option(help="Seconds an attack may take.")] = 3600.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads; small models are fastest with one.")] = 1,
+) -> None:
+    """Attack one copied update offline. Needs neither Flower nor Ray, so it runs on any machine with torch.
+
+    UPDATE is a file that the curious server wrote, such as copies/client-0-round-1.safetensors.
+    """
+    from fedattack.config import toml_value
+    from fedattack.jobs import Job, outcome_path, reconstruction_path, run_job, save_knowledge, torch_threads
+    from fedattack.planning import server_facts
+    from fedattack.registry import parse_spec
+    from fedattack.store import load_reconstruction, load_update, save_png
+
+    copied, saved = load_update(update)
+    context = _told_context(dict(saved), model, task, image_shape, num_classes)
+    facts = server_facts(copied, context)
+    said = dict(item.partition("=")[::2] for item in know or [])
+    facts |= {key.strip(): toml_value(value.strip()) for key, value in said.items()}
+    if "batch_size" not in facts:
+        typer.echo("batch_size not given: assumed 1", err=True)
+        facts["batch_size"] = 1
+    if copied.num_examples not in (None, facts["batch_size"]):
+        typer.echo(
+            f"note: the client reported {copied.num_examples} examples, batch_size is {facts['batch_size']}", err=True
+        )
+    if copied.kind == "weights" and "local_steps" not in facts:
+        typer.echo("local_steps not given: assumed 1 (one SGD step on the whole batch)", err=True)
+    knowledge = _knowledge(facts)
+    tensors = out / "knowledge.safetensors"
+    tensors.unlink(missing_ok=True)
+    scalars = save_knowledge(tensors, knowledge)
+    images = _save_public(public, out, context["image_shape"]) if public else ""
+    results, failed = out / "results", 0
+    for spec in attack:
+        name, parameters = parse_spec(spec)
+        job = Job(
+            job=f"{update.stem}--{name.replace(':', '.')}",
+            update=str(update.resolve()),
+            attack=name,
+            parameters=parameters,
+            knowledge=scalars,
+            tensors=str(tensors.resolve()) if tensors.exists() else "",
+            public_images=images,
+            context=context,
+            seed=seed,
+            timeout_seconds=timeout,
+            device=device,
+        )
+        outcome_path(results, job.job).unlink(missing_ok=True)  # this command always runs what it is asked to
+        with torch_threads(threads):
+            outcome = _run_with_bar(run_job, job, results)
+        if outcome.status != "ok":
+            typer.secho(f"{spec}: {outcome.status}: {outcome.error}", fg=typer.colors.YELLOW, err=True)
+            failed += 1
+            continue
+        found = load_reconstruction(reconstruction_path(results, job.job))
+        for number, image in enumerate(found.images):
+            save_png(out / f"{job.job}-{number}.png", image)
+        typer.echo(f"{spec}: {len(found.images)} images in {found.seconds:.1f} s, loss {_last(found.losses)}, in {out}")
+        if found.diagnostics:
+            typer.echo("    " + ", ".join(f"{key} {value:.4g}" for key, value in found.diagnostics.items()))
+        if truth is not None:
+            _print_scores(found, truth)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _told_context(context: dict[str, Any], model: str, task: str, image_shape: str, num_classes: int) -> dict[str, Any]:
+    """How to rebuild model and task: what the update's file says, what the command line says over it, and nothing missing."""
+    from fedattack.registry import parse_spec
+
+    for part, text in (("model", model), ("task", task)):
+        if text:
+            name, parameters = parse_spec(text)
+            context[part] = {"name": name, "options": parameters}
+    if image_shape:
+        context["image_shape"] = list(image_shape_of(image_shape))
+    if num_classes:
+        context["num_classes"] = num_classes
+    context.setdefault("task", {"name": "classification", "options": {}})
+    if missing := [key for key in ("model", "image_shape", "num_classes") if not context.get(key)]:
+        flags = ", ".join("--" + key.replace("_", "-") for key in missing)
+        raise FedattackError(f"the update does not say its {', '.join(missing)}: give {flags}")
+    return context
+
+
+def _save_public(public: str, out: Path, image_shape: list[int], most: int = 256) -> str:
+    """Public images of the victim's size in a file, as a job wants them."""
+    from fedattack.data import load_dataset
+    from fedattack.store import write_tensors
+
+    data = load_dataset(public, image_size=image_shape[1]).public
+    path = (out / "public.safetensors").resolve()
+    write_tensors(path, {"images": data.images(range(min(most, len(data))))}, {"type": "public-images"})
+    return str(path)
+
+
+def _knowledge(facts: dict[str, Any]) -> "Knowledge":
+    import torch
+
+    from fedattack.errors import must, one_of
+    from fedattack.knowledge import FIELDS
+    from fedattack.types import Knowledge
+
+    for name in facts:
+        if name not in FIELDS:
+            raise FedattackError(one_of("knowledge field", FIELDS, name))
+    for name, value in facts.items():
+        if name in ("noise", "public_images", "history"):
+            raise FedattackError(
+                f"{name} cannot be told on the command line" + (": use --public" if name == "public_images" else "")
+            )
+        if name in ("labels", "timesteps"):
+            items = value if isinstance(value, list) else [value]
+            if not items or not all(isinstance(item, int) for item in items):
+                raise FedattackError(must(name, "whole numbers such as [3, 5]", value))
+            facts[name] = torch.tensor(items, dtype=torch.long)
+        elif name in ("learning_rate", "proximal_mu"):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise FedattackError(must(name, "a number", value))
+        elif name in ("batch_size", "num_classes", "local_steps", "local_batch_size") and (
+            isinstance(value, bool) or not isinstance(value, int) or value < 1
+        ):
+            raise FedattackError(must(name, "a whole number of at least 1", value))
+    return Knowledge(**facts)
+
+
+def _run_with_bar(run_job: Any, job: Any, results: Path) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task(job.spec, total=None, loss="")
+        return run_job(
+            job,
+            results,
+            progress=lambda i, n, loss: bar.update(task, completed=i, total=n, loss=f"loss {loss:.3e}"),
+        )
+
+
+def _print_scores(found: Any, truth: Path) -> None:
+    from fedattack.metrics import score
+    from fedattack.store import read_tensors
+
+    true = read_tensors(truth)[0]
+    scores = score(found, true["images"], true.get("labels"), lpips_nets=("squeeze",))
+    for name, values in (("PSNR (dB)", scores.psnr_db), ("SSIM", scores.ssim), ("MSE", scores.mse)):
+        if values:
+            typer.echo(f"    {name}: " + ", ".join("–" if value is None else f"{value:.4g}" for value in values))
+
+
+def _last(losses: tuple[float, ...]) -> str:
+    return f"{losses[-1]:.3e}" if losses else "–"
