@@ -140,6 +140,10 @@ class Scores:
 
     A metric that could not be computed is None (or not in `lpips`) and its reason is in `missing`, under "psnr_db",
     "mse", "ssim", "lpips-<net>" or "label_accuracy". `missing["images"]` counts true images without a counterpart.
+
+    One image that stands for a batch is compared with every true image: `assignment` is 0 throughout, nothing is selected.
+    `representative` (None for all other reconstructions) then holds `nearest`, the index of the true image of least MSE,
+    `nearest_psnr_db`, a choice made with the truth in hand, and `batch_mean_psnr_db`, to the mean of the true images.
     """
 
     mse: PerImage | None
@@ -149,10 +153,12 @@ class Scores:
     label_accuracy: float | None
     assignment: tuple[int, ...]
     missing: dict[str, str] = field(default_factory=dict)
+    representative: dict[str, float] | None = None
 
     def as_row(self) -> dict[str, Any]:
-        """The fields of a result row, ready for JSON."""
-        return asdict(self)
+        """The fields of a result row, ready for JSON; `representative` only where there is one."""
+        row = asdict(self)
+        return row if self.representative is not None else {key: row[key] for key in row if key != "representative"}
 
 
 def score(
@@ -168,7 +174,13 @@ def score(
     reconstruction breaks the attack's contract, and no number would mean anything.
     """
     images, truth = _checked("reconstruction", reconstruction.images), _checked("truth", truth_images)
-    assignment = match_batch(images, truth)
+    if one_for_all := reconstruction.represents == "user":
+        if len(images) != 1:
+            raise FedattackError(must("images that represent a user", "exactly one", len(images)))
+        _same_shape(images, truth)
+        assignment = torch.zeros(len(truth), dtype=torch.int64)
+    else:
+        assignment = match_batch(images, truth)
     found = (assignment >= 0).nonzero().flatten()
     missing: dict[str, str] = {}
     if len(found) < len(truth):
@@ -192,7 +204,9 @@ def score(
         return tuple(numbers)
 
     accuracy = None
-    if reconstruction.labels is None:
+    if one_for_all:
+        missing["label_accuracy"] = "one image stands for the batch"
+    elif reconstruction.labels is None:
         missing["label_accuracy"] = "the attack estimates no labels"
     elif truth_labels is None or len(truth_labels) == 0:
         missing["label_accuracy"] = "there are no true labels to compare with"
@@ -207,7 +221,23 @@ def score(
         label_accuracy=accuracy,
         assignment=tuple(assignment.tolist()),
         missing=missing,
+        representative=_representative(images, truth) if one_for_all and len(truth) else None,
     )
+
+
+def _representative(image: Tensor, truth: Tensor) -> dict[str, float]:
+    """What `Scores.representative` says of one image (1,C,H,W)."""
+    each = psnr_db(image.expand(truth.shape), truth)
+    return {
+        "nearest": int(each.argmax()),
+        "nearest_psnr_db": float(each.max()),
+        "batch_mean_psnr_db": float(psnr_db(image, batch_mean(truth)[:1])),
+    }
+
+
+def batch_mean(truth: Tensor) -> Tensor:
+    """The mean of the true images in place of each, (B,C,H,W) float32: no single image has a smaller mean MSE to them."""
+    return truth.detach().cpu().double().mean(dim=0).float().clamp(0.0, 1.0).expand(truth.shape).clone()
 
 
 def baselines(public_images: Tensor, truth: Tensor, *, generator: torch.Generator) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from fedattack.config import AttackSettings, Experiment, Settings
 from fedattack.errors import FedattackError
 from fedattack.flooring import UNAVAILABLE, FloorRow, Floors
 from fedattack.jobs import Job, load_outcome, reconstruction_path
-from fedattack.metrics import baselines, matched_images, score
+from fedattack.metrics import baselines, batch_mean, matched_images, score
 from fedattack.planning import cell_facts, job_id, read_truth, row_facts, updates_of, why_not_planned
 from fedattack.provenance import overlap
 from fedattack.seeding import derive_generator
@@ -59,11 +59,13 @@ def _cell_rows(run: RunFolder, settings: Settings, lpips: Sequence[str], floors:
     for update_path in updates:
         truth = read_truth(folder, update_path)
         floor = floors.row(settings, update_path) if settings.attack else None
+        one_for_all = False
         for attack in settings.attack:
             row = _attack_row(run, settings, attack, update_path, truth, lpips)
+            one_for_all |= row.get("represents") == "user"
             yield row if floor is None else row | _floored(row, floor)
         if truth is not None and folder.public_images.exists() and settings.attack:
-            yield from _baseline_rows(run, settings, folder, update_path, truth, lpips)
+            yield from _baseline_rows(run, settings, folder, update_path, truth, lpips, one_for_all)
 
 
 def _floored(row: Row, floor: FloorRow) -> Row:
@@ -126,6 +128,8 @@ def _attack_row(
             "losses": _thinned(found.losses),
             "diagnostics": found.diagnostics,
         }
+        if found.represents != "images":
+            row["represents"] = found.represents
         row |= _scored(run, job_name, found, truth, lpips)
         if truth is not None and (shared := overlap(truth["images"], str(job.knowledge.get("prior", "")))):
             row["prior_overlap"] = shared
@@ -143,12 +147,17 @@ def _baseline_rows(
     update_path: Path,
     truth: dict[str, Tensor],
     lpips: Sequence[str],
+    one_for_all: bool,
 ) -> Iterator[Row]:
+    """one_for_all: an attack of the cell gives one image for the batch, so the batch's own mean stands beside it."""
     update, _ = load_update(update_path)
     count = settings.threat.public_images  # what the attacker has; the auditor's yardstick is all where it has none
     public = read_tensors(folder.public_images)[0]["images"][: count or None]
     generator = derive_generator(settings.seed, "baseline", settings.federation_id, update_path.stem)
-    for name, images in baselines(public.float(), truth["images"].float(), generator=generator).items():
+    found = baselines(public.float(), truth["images"].float(), generator=generator)
+    if one_for_all:
+        found["batch-mean"] = batch_mean(truth["images"])
+    for name, images in found.items():
         job = f"{settings.federation_id}--{update_path.stem}--{name}-of-{count}"
         kept = run.scores / f"{job}.json"
         if kept.exists() and read_json(kept)["lpips_nets"] == list(lpips):
@@ -171,14 +180,16 @@ def _scored(
             "images": {"reconstruction": pictures},
         }
     images = truth["images"]
-    if len(found.images) != len(images):
+    expected = 1 if found.represents == "user" else len(images)
+    if len(found.images) != expected:
         counts = f"{len(found.images)} images for a batch of {len(images)}"
+        counts += " that one image should represent" if found.represents == "user" else ""
         return {"status": "failed", "error": f"the attack returned {counts}: scores would flatter it", "missing": {}}
     try:
         scores = score(found, images, truth.get("labels"), lpips_nets=tuple(lpips))
     except FedattackError as error:
         return {"status": "failed", "error": f"result cannot be scored: {error}", "missing": {}}
-    shown = matched_images(found.images, scores.assignment)
+    shown = [found.images[0]] if found.represents == "user" else matched_images(found.images, scores.assignment)
     return scores.as_row() | {
         "images": {
             "truth": _pictures(run, _truth_name(job), list(images)),

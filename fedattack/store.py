@@ -19,7 +19,7 @@ from torch import Tensor
 from fedattack.errors import FedattackError, MalformedUpdate, must
 from fedattack.types import Reconstruction, Update
 
-_TENSOR_FIELDS = ("labels", "timesteps", "noise")
+_TENSOR_FIELDS = ("labels", "timesteps", "noise", "trajectory")
 
 
 # ------------------------------------------------------------------------------------------------ plain files
@@ -192,6 +192,8 @@ def save_reconstruction(path: Path, found: Reconstruction) -> None:
         "steps": found.steps,
         "seconds": found.seconds,
         "diagnostics": finite(found.diagnostics),
+        "represents": found.represents,
+        "trajectory_steps": list(found.trajectory_steps),
     }
     write_tensors(path, tensors, about)
 
@@ -205,10 +207,13 @@ def load_reconstruction(path: Path) -> Reconstruction:
         labels=tensors.get("labels"),
         timesteps=tensors.get("timesteps"),
         noise=tensors.get("noise"),
+        trajectory=tensors.get("trajectory"),
+        trajectory_steps=tuple(about.get("trajectory_steps", ())),
         losses=tuple(float("nan") if loss is None else loss for loss in about["losses"]),
         steps=about["steps"],
         seconds=about["seconds"],
         diagnostics={k: float("nan") if v is None else v for k, v in about["diagnostics"].items()},
+        represents=about.get("represents", "images"),
     )
 
 

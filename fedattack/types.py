@@ -21,6 +21,8 @@ Private = Mapping[str, Tensor]
 
 UpdateKind = Literal["gradient", "weights"]
 
+Represents = Literal["images", "user"]
+
 Progress = Callable[[int, int, float], None]
 """Called as progress(iteration, iterations, loss). It may raise to stop the attack."""
 
@@ -94,6 +96,9 @@ class Reconstruction:
     """What an attack found. images (B,C,H,W) in [0, 1]; the others are the attack's own estimates or None.
 
     `losses` is the attack's own loss along its best run, `diagnostics` plain numbers that say how much to believe it.
+    represents: "images", one for each true image of the batch; "user", exactly one image that stands for the whole batch.
+    trajectory (S,B,C,H,W) in [0, 1]: the images at a few steps of the way, the last of them the result; trajectory_steps: at
+    which, counted as `losses` are.
     """
 
     images: Tensor
@@ -104,13 +109,35 @@ class Reconstruction:
     steps: int = 0
     seconds: float = 0.0
     diagnostics: dict[str, float] = field(default_factory=dict)
+    represents: Represents = "images"
+    trajectory: Tensor | None = None
+    trajectory_steps: tuple[int, ...] = ()
+
+
+ControlKind = Literal["prior-alone", "unrelated-update", "peer"]
+"""prior-alone: the attack's prior, led by nothing. unrelated-update: the attack on another client's update of the same
+round. peer: another attack, without a prior, on the same update. The first two show what a prior makes of anything: yardsticks.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What runs beside an attack that makes images with a prior, or else the prior's own quality is taken for leakage.
+
+    attack: a registered name, "" the attack itself; parameters: of it, None those of the attack itself.
+    """
+
+    kind: ControlKind
+    attack: str = ""
+    parameters: Mapping[str, Any] | None = None
 
 
 class Attack(Protocol):
     """A frozen dataclass whose fields are the paper's hyper-parameters with the paper's defaults.
 
     `needs` names the Knowledge fields without which it cannot start; `tasks` the tasks it understands. An attack never
-    changes the model, draws randomness from `generator` only, and picks its result by its own loss.
+    changes the model, draws randomness from `generator` only, and picks its result by its own loss. One that makes images with
+    a prior also has a method controls() -> Sequence[Control], and campaigns run those beside it.
     """
 
     name: ClassVar[str]

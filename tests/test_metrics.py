@@ -136,6 +136,33 @@ def test_score_with_fewer_images_leaves_gaps() -> None:
     assert "no pair" in nothing.missing["psnr_db"]
 
 
+def test_one_image_for_a_batch_is_compared_with_every_image_and_none_is_chosen() -> None:
+    truth = images(4, 13)
+    found = Reconstruction(images=truth[[2]], labels=torch.tensor([1]), represents="user")
+    scores = metrics.score(found, truth, torch.tensor([1, 1, 0, 0]), lpips_nets=())
+    assert scores.assignment == (0, 0, 0, 0)
+    assert scores.psnr_db == pytest.approx(metrics.psnr_db(truth[[2]].expand(truth.shape), truth).tolist())
+    assert len(scores.ssim) == 4
+    assert scores.label_accuracy is None
+    assert scores.missing == {"label_accuracy": "one image stands for the batch"}
+    mean = truth.double().mean(0, keepdim=True)
+    told = float(metrics.psnr_db(truth[[2]].double(), mean))
+    assert scores.representative == pytest.approx({"nearest": 2, "nearest_psnr_db": 200.0, "batch_mean_psnr_db": told})
+    assert scores.as_row()["representative"]["nearest"] == 2
+    with pytest.raises(FedattackError, match="images that represent a user must be exactly one, got 2"):
+        metrics.score(Reconstruction(images=truth[:2], represents="user"), truth, None)
+
+
+def test_no_single_image_is_closer_to_a_batch_than_its_mean() -> None:
+    truth = images(5, 14)
+    mean = metrics.batch_mean(truth)
+    assert mean.shape == truth.shape
+    assert torch.equal(mean[0], mean[4])
+    best = float(metrics.mse(mean, truth).mean())
+    for other in (mean + 0.01 * images(1, 15), *(image.expand(truth.shape) for image in truth)):
+        assert float(metrics.mse(other, truth).mean()) > best
+
+
 @pytest.mark.parametrize(
     ("value", "words"), [(float("nan"), "finite"), (float("inf"), "finite"), (1.5, "in [0, 1]"), (-0.1, "in [0, 1]")]
 )

@@ -476,3 +476,35 @@ def test_montage_shows_saved_pixels_unchanged(tmp_path):
         assert sheet.getpixel((LABEL_WIDTH + 1, TITLE_HEIGHT + 15 + 4 + 1)) == (91, 91, 91)
     with pytest.raises(FedattackError, match="no scored attack"):
         write_montage(tmp_path, [], tmp_path / "m.png")
+
+
+def test_one_picture_for_a_batch_is_shown_once(tmp_path):
+    """Beside all truths; the pictures of the next update stay below their own truths."""
+    from PIL import Image
+
+    from fedattack.report.montage import GAP, LABEL_WIDTH, TITLE_HEIGHT, write_montage
+
+    (tmp_path / "images").mkdir()
+    for name, value in (("a", 10), ("b", 20), ("c", 30), ("found", 91), ("next", 92)):
+        Image.new("RGB", (20, 20), (value, value, value)).save(tmp_path / "images" / f"{name}.png")
+    paths = {name: f"images/{name}.png" for name in ("a", "b", "c", "found", "next")}
+    told = {"represents": "user", "representative": {"nearest": 1, "nearest_psnr_db": 17.0}}
+    first = {"truth": [paths["a"], paths["b"]], "reconstruction": [paths["found"]]}
+    second = {"truth": [paths["c"]], "reconstruction": [paths["next"]]}
+    rows = [
+        row("user-level", [10.0, 17.0], images=first, **told),
+        row("user-level", [9.0], images=second, client="client-1", **told),
+        base("batch-mean", [18.0, 18.0], images={**first, "reconstruction": [paths["a"], paths["b"]]}),
+        base("mean-image", [11.0, 11.0]),
+    ]
+    strips = gallery(rows, tmp_path)[0].targets[0].strips
+    assert [len(strip.frames) for strip in strips if strip.label in ("user-level", "batch-mean")] == [1, 2]
+    frame = next(strip for strip in strips if strip.label == "user-level").frames[0]
+    assert frame.caption == "for all: 13.5 dB"
+    assert "nearest 17.0 dB" in frame.alt
+    assert next(cell for cell in summarise(rows) if cell.attack == "user-level").baseline == "mean-image"
+    path = write_montage(tmp_path, rows, tmp_path / "m.png", columns=3, side=20)
+    with Image.open(path) as sheet:
+        line = TITLE_HEIGHT + 20 + GAP + 1
+        shown = [sheet.getpixel((LABEL_WIDTH + 1 + number * (20 + GAP), line))[0] for number in range(3)]
+    assert shown == [91, 255, 92]

@@ -112,6 +112,7 @@ def test_reconstructions_come_back_as_they_were(tmp_path, batch):
         steps=4,
         seconds=1.5,
         diagnostics={"loss": 0.25, "spread": float("nan")},
+        represents="user",
     )
     path = tmp_path / "r.safetensors"
     save_reconstruction(path, found)
@@ -125,6 +126,7 @@ def test_reconstructions_come_back_as_they_were(tmp_path, batch):
     assert math.isnan(again.losses[3])  # JSON has no infinity either: not finite is all that is kept
     assert (again.steps, again.seconds, again.diagnostics["loss"]) == (4, 1.5, 0.25)
     assert math.isnan(again.diagnostics["spread"])
+    assert again.represents == "user"
 
 
 def test_a_bare_reconstruction_has_none_where_it_had_none(tmp_path):
@@ -133,6 +135,7 @@ def test_a_bare_reconstruction_has_none_where_it_had_none(tmp_path):
     assert again.labels is again.timesteps is again.noise is None
     assert again.losses == ()
     assert again.diagnostics == {}
+    assert again.represents == "images"
 
 
 json_values = st.recursive(

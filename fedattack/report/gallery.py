@@ -5,12 +5,14 @@ Pictures are chosen in the order of the rows, never by how good they look. The b
 """
 
 import base64
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedattack.report.summary import (
     BASELINES,
+    BATCH_MEAN,
     EXACT_DB,
     Row,
     attack_of,
@@ -18,6 +20,8 @@ from fedattack.report.summary import (
     defense_of,
     is_baseline,
     is_ok,
+    number,
+    numbers,
     per_image,
     plain_number,
     target_of,
@@ -38,6 +42,11 @@ PICTURES = 1500
 DISPLAY_PIXELS = 96
 """Pictures are enlarged by the largest whole factor that keeps their longer side within this."""
 
+BASELINE_NOTES = {
+    "nearest-public": "baseline, looks at the truth",
+    BATCH_MEAN: "the truth's own mean: a bound for one image, no baseline",
+}
+
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
@@ -56,7 +65,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """The pictures of one attack or baseline. `empty` is the reason where there are none at all."""
+    """The pictures of one attack or baseline, a single one where it stands for the batch. `empty`: why there are none."""
 
     label: str
     note: str
@@ -142,12 +151,14 @@ def _strip(row: Row, run: Path, shown: int, width: int, height: int, split: tupl
     parameters = spec.removeprefix(label).strip("()")
     note = ", ".join(part for part in (parameters, variant_of(row, split)) if part)
     if kind == "baseline":
-        note = "baseline, looks at the truth" if label == "nearest-public" else "baseline"
+        note = BASELINE_NOTES.get(label, "baseline")
     paths, psnr = _paths(row, "reconstruction"), per_image(row, "psnr_db")
     if not is_ok(row) or not paths:
         status = text(row, "status", "ok")
         reason = text(row, "error") or ("no pictures were saved" if status == "ok" else "no reason given")
         return Strip(label, note, kind, (), reason if status == "ok" else f"{status}: {reason}")
+    if text(row, "represents") == "user":
+        return Strip(label, note, kind, (_one_for_all(row, run, paths[0], spec, width, height),))
     frames = []
     for i in range(shown):
         value = psnr[i] if i < len(psnr) else None
@@ -156,6 +167,18 @@ def _strip(row: Row, run: Path, shown: int, width: int, height: int, split: tupl
         caption = "PSNR missing" if value is None else f"{plain_number(value)} dB"
         frames.append(_frame(run, path, name, width, height, caption, value is not None and value >= EXACT_DB))
     return Strip(label, note, kind, tuple(frames))
+
+
+def _one_for_all(row: Row, run: Path, path: str | None, spec: str, width: int, height: int) -> Frame:
+    """The one picture that stands for a batch: its PSNR to all of them, and that to the nearest, said to be chosen."""
+    psnr, told = numbers(row, "psnr_db"), row.get("representative")
+    nearest = number(told.get("nearest_psnr_db")) if isinstance(told, Mapping) else None
+    mean = statistics.fmean(psnr) if psnr else None
+    caption = f"for all: {plain_number(mean)} dB" if mean is not None else "PSNR missing"
+    alt = (
+        f"{spec}, one image for all {len(psnr)}, mean PSNR {plain_number(mean)} dB, nearest {plain_number(nearest)} dB"
+    )
+    return _frame(run, path, alt, width, height, caption)
 
 
 def _paths(row: Row, which: str) -> list[str | None]:

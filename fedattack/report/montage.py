@@ -24,7 +24,7 @@ def write_montage(run: Path, rows: Sequence[Row], path: Path, *, columns: int = 
     lines = _lines(rows, columns)
     if not lines:
         raise FedattackError("the run has no scored attack to show")
-    with Image.open(run / lines[0][1][0]) as first:
+    with Image.open(run / str(lines[0][1][0])) as first:
         factor = max(1, -(-side // first.width))
         width, height = first.width * factor, first.height * factor
     page = (
@@ -40,6 +40,8 @@ def write_montage(run: Path, rows: Sequence[Row], path: Path, *, columns: int = 
             top += TITLE_HEIGHT
         draw.multiline_text((12, top + height // 2 - 24), label, fill="#444444", font=font, spacing=4)
         for number, name in enumerate(pictures):
+            if name is None:
+                continue
             with Image.open(run / name) as picture:
                 shown = picture.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(shown, (LABEL_WIDTH + number * (width + GAP), top))
@@ -49,14 +51,14 @@ def write_montage(run: Path, rows: Sequence[Row], path: Path, *, columns: int = 
     return path
 
 
-def _lines(rows: Sequence[Row], columns: int) -> list[tuple[str, list[str], str]]:
+def _lines(rows: Sequence[Row], columns: int) -> list[tuple[str, list[str | None], str]]:
     """(label, picture paths, title of a new case or "") of every line: the truth of a case, then attack × defense."""
     groups: dict[str, dict[tuple[str, str], list[Row]]] = {}
     for row in rows:
         if row.get("kind") == "attack" and (row.get("images") or {}).get("truth"):
             key = (str(row.get("attack")), str(row.get("defense")))
             groups.setdefault(str(row.get("case")), {}).setdefault(key, []).append(row)
-    lines: list[tuple[str, list[str], str]] = []
+    lines: list[tuple[str, list[str | None], str]] = []
     for case, found in groups.items():
         truth = _pictures(next(iter(found.values())), "truth")
         lines.append(("truth", truth[:columns], case))
@@ -69,4 +71,10 @@ def _lines(rows: Sequence[Row], columns: int) -> list[tuple[str, list[str], str]
 
 
 def _pictures(rows: Sequence[Row], kind: str) -> list[Any]:
-    return [name for row in rows for name in row["images"].get(kind) or [] if name]
+    """Paths in the truth's order; a picture that stands for a whole batch comes once, gaps in the others' places (None)."""
+    found: list[Any] = []
+    for row in rows:
+        paths = [name for name in row["images"].get(kind) or [] if name]
+        one_for_all = kind == "reconstruction" and row.get("represents") == "user" and paths
+        found += [*paths, *[None] * (len(row["images"].get("truth") or []) - len(paths))] if one_for_all else paths
+    return found

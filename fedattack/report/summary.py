@@ -42,7 +42,10 @@ VARIANT_FIELDS = (
 )  # fmt: skip
 """Fields that split a line of the table in two where they differ inside one case."""
 
-BASELINES = ("mean-image", "nearest-public", "noise")
+BATCH_MEAN = "batch-mean"
+"""The mean of the true images: a bound for one image that stands for all, never the baseline that verdicts go by."""
+
+BASELINES = ("mean-image", "nearest-public", "noise", BATCH_MEAN)
 
 
 # ------------------------------------------------------------------------------------------------ reading a row
@@ -343,10 +346,11 @@ def _best_baseline(
     """Name of the baseline of the highest mean PSNR and its PSNR per target; (None, {}) where there is none.
 
     Only those compete that have a number for as many images as any: one that failed for some would leave these without.
+    The batch's own mean is a bound and does not compete.
     """
     found: list[tuple[int, float, str, Paired]] = []
     for key, group in groups.items():
-        if key[0] == case and key[1] == defense and key[4]:
+        if key[0] == case and key[1] == defense and key[4] and key[2] != BATCH_MEAN:
             values = [value for row in group for value in numbers(row, "psnr_db") if is_ok(row)]
             if values:
                 paired = {target_of(row): per_image(row, "psnr_db") for row in group if is_ok(row)}

@@ -232,8 +232,8 @@ picture is its PSNR. Shown are the first {{ caps.targets }} updates per case and
 {% for strip in target.strips %}
 {% if strip.empty %}
 {% if i == 0 %}<td class="whole" rowspan="{{ target.rows }}"><div class="frame" style="min-height:{{ target.height }}px">{{ strip.empty }}</div></td>{% endif %}
-{% else %}
-<td class="{{ strip.kind }}">{{ picture(strip.frames[i]) }}</td>
+{% elif i < strip.frames|length %}
+<td class="{{ strip.kind }}"{% if strip.frames|length == 1 %} rowspan="{{ target.rows }}"{% endif %}>{{ picture(strip.frames[i]) }}</td>
 {% endif %}
 {% endfor %}
 </tr>

@@ -162,6 +162,9 @@ class TooMany(InvertingGradients):
 """
 
 
+ONE = 'found.images[:1], represents="user"'
+
+
 def test_an_attack_that_gives_more_images_than_the_batch_is_not_scored(tmp_path, one_thread, monkeypatch) -> None:
     (tmp_path / "many_plugins.py").write_text(PLUGINS)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -170,6 +173,34 @@ def test_an_attack_that_gives_more_images_than_the_batch_is_not_scored(tmp_path,
     assert {row["status"] for row in rows} == {"failed"}
     assert "3 images for a batch of 1" in rows[0]["error"]
     assert "psnr_db" not in rows[0]
+
+
+def test_one_image_may_stand_for_a_batch_if_it_says_so(tmp_path, one_thread, monkeypatch) -> None:
+    """Scored against every image; the batch's mean, which bounds it, stands beside it in that cell only."""
+    (tmp_path / "single_plugins.py").write_text(PLUGINS.replace("found.images.repeat(3, 1, 1, 1)", ONE))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = experiment(
+        model={"name": "lenet"},
+        federation={**QUICK["federation"], "rounds": 1, "batch_size": 3},
+        case=[
+            {"title": "one", "attack": ["single_plugins:TooMany", "dlg(iterations=1)"]},
+            {"title": "each", "attack": ["dlg(iterations=1)"]},
+        ],
+    )
+    run = run_campaign(config, tmp_path / "run").run
+    rows = list(read_rows(run.rows))
+    one = next(row for row in rows if row["attack"] == "single_plugins:TooMany")
+    assert (one["status"], one["represents"]) == ("ok", "user")
+    assert len(one["psnr_db"]) == 3
+    assert len(one["images"]["truth"]) == 3
+    assert len(one["images"]["reconstruction"]) == 1
+    assert one["representative"]["nearest_psnr_db"] == pytest.approx(max(one["psnr_db"]))
+    bounds = [row for row in rows if row["attack"] == "batch-mean"]
+    assert {row["case"] for row in bounds} == {"one"}
+    assert bounds[0]["kind"] == "baseline"
+    assert sum(bounds[0]["mse"]) < sum(one["mse"])
+    joint = [row for row in rows if row["attack"] == "dlg"]
+    assert all("represents" not in row and "representative" not in row for row in joint)
 
 
 def test_editing_an_attack_of_ones_own_runs_it_again(tmp_path, one_thread, monkeypatch) -> None:
