@@ -17,7 +17,7 @@ result: it errs less than a single sample of the posterior.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import ClassVar
@@ -25,6 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from attacks.controls import snapshot_steps, usual_controls
 from attacks.labels import infer_labels
 from attacks.matching import DISTANCES, Match, Problem, objective, pose, reconstruction, silence_cost
 from attacks.noise import noise_level
@@ -33,7 +34,7 @@ from attacks.starting import first_guess, random_start
 from fedattack.errors import FedattackError, NotApplicable, must, one_of
 from fedattack.priors import Prior, denoise, load_prior, sample, sampling_timesteps, signal_shares, step_noise
 from fedattack.tasks import Task
-from fedattack.types import Knowledge, Progress, Reconstruction, Update, silent
+from fedattack.types import Control, Knowledge, Progress, Reconstruction, Update, silent
 
 GUIDANCES = ("spherical", "dps", "posterior", "none")
 MIXINGS = ("constant", "linear")
@@ -123,6 +124,14 @@ class GGCDM:
                 must("distance of the posterior guidance", "'l2', that of Gaussian noise", self.distance)
             )
 
+    def controls(self) -> Sequence[Control]:
+        """None for guidance "none", which is one. The posterior's Jacobians are not counted as evaluations of the gradient."""
+        if self.guidance == "none":
+            return ()
+        shared = ("sampling_steps", "eta", "clip", "precision")
+        evaluations = self.sampling_steps * self.restarts
+        return usual_controls(self, shared=shared, alone={"guidance": "none"}, evaluations=evaluations)
+
     def reconstruct(
         self,
         update: Update,
@@ -153,8 +162,9 @@ class GGCDM:
             images, diagnostics = by_gradient(chain)
         if self.restarts > 1:
             diagnostics["chain_spread_rms"] = float(images.var(0).mean().sqrt())
+        snapshots = chain.kept()
         if self.average or (self.average is None and self.guidance == "posterior"):
-            images = images.mean(0, keepdim=True)
+            images, snapshots = images.mean(0, keepdim=True), snapshots.mean(1, keepdim=True)
         images = images.clamp(0.0, 1.0)
         final = chain.distances(images)
         best = 0 if self.guidance == "none" else int(final.nan_to_num(math.inf).argmin())
@@ -167,7 +177,8 @@ class GGCDM:
         )
         found = reconstruction(problem, match, perf_counter() - begun)
         found.diagnostics.update(diagnostics, silence=chain.silence, restarts=float(self.restarts))
-        return found
+        trajectory = torch.cat([snapshots[:, best], found.images[None].to(snapshots)])
+        return replace(found, trajectory=trajectory, trajectory_steps=(*chain.due, len(chain.times)))
 
 
 def fitting_prior(knowledge: Knowledge) -> Prior:
@@ -201,6 +212,8 @@ class Chain:
         self._losses_of = objective(problem, distance)
         self.times = self._times(first is not None)
         self.history: list[Tensor] = []
+        self.due = snapshot_steps(len(self.times))
+        self._snapshots: list[Tensor] = []
         self.start = self.noise()
         if first is not None:
             a = signal_shares(prior.task, self.times[0], -1)[0]
@@ -238,9 +251,16 @@ class Chain:
     def _norms(self, losses: Tensor) -> Tensor:
         return (losses / self.silence + torch.finfo(losses.dtype).tiny).sqrt()
 
-    def told(self, number: int, losses: Tensor) -> None:
+    def told(self, number: int, losses: Tensor, clean: Tensor) -> None:
+        """The distances (R,) of the clean images (R,…) of a step, in [−1, 1]."""
         self.history.append(losses.detach())
+        if number in self.due:
+            self._snapshots.append((0.5 + 0.5 * clean.detach().float()).clamp(0.0, 1.0))
         self._progress(number + 1, len(self.times), float(self.history[-1].min()))
+
+    def kept(self) -> Tensor:
+        """(S,R,B,C,H,W): the clean images of the steps `due`, in [0, 1]."""
+        return torch.stack(self._snapshots)
 
     def moved(self, x: Tensor, clean: Tensor, now: int, then: int) -> tuple[Tensor, float]:
         """The mean of the next x and the standard deviation of its noise: DDIM, Eq. 12 and 16, ε from the clean images."""
@@ -273,7 +293,7 @@ def by_gradient(chain: Chain) -> tuple[Tensor, dict[str, float]]:
                 left = 1.0 - number / len(chain.times)
                 share = attack.mixing * (left if attack.mixing_schedule == "linear" else 1.0)
                 x = mean + on_the_sphere(sigma * chain.noise(), slope, sigma, share)
-        chain.told(number, distance)
+        chain.told(number, distance, clean)
     return 0.5 + 0.5 * x.detach().to(chain.problem.dtype), {}
 
 
@@ -314,7 +334,7 @@ def by_posterior(
         clean = clean.clamp(-1.0, 1.0) if attack.clip else clean
         mean, noise = chain.moved(x, clean.to(x.dtype), now, then)
         x = mean + noise * chain.noise()
-        chain.told(number, chain.distances(0.5 + 0.5 * clean))
+        chain.told(number, chain.distances(0.5 + 0.5 * clean), clean)
     assert likelihood is not None
     images = 0.5 + 0.5 * basis.back(means.reshape(x.shape))
     diagnostics = {

@@ -39,6 +39,7 @@ from fedattack.registry import (
 )
 from fedattack.seeding import derive_seed
 from fedattack.tasks import TASKS, Task, build_task
+from fedattack.types import Control, ControlKind
 
 Options = dict[str, Any]
 
@@ -156,18 +157,24 @@ class ThreatSettings(_Section):
         return visible_fields(self.model, self.reveal, self.hide)
 
 
-PRIOR_ALONE, UNRELATED = "prior-alone", "unrelated-update"
-CONTROLS = (PRIOR_ALONE, UNRELATED)
-"""What an attack led by an update must beat, or its prior's own quality is taken for leakage: the same chain led by nothing,
-and led by another client's update of the same round."""
+UNRELATED, PEER = "unrelated-update", "peer"
 
 
 class AttackSettings(BaseModel):
-    """One attack: its name, and any of its parameters beside it. `controls = true` adds its controls, see CONTROLS."""
+    """One attack: its name, and any of its parameters beside it.
+
+    An attack that names controls (see fedattack.types.Control) gets them as attacks of their own behind it, each once, however
+    many ask for it; `controls = false` is without.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str
-    control: Literal["", "prior-alone", "unrelated-update"] = Field("", description="set by controls = true")
+    controls: bool | None = Field(
+        None,
+        description="whether to add the attack's controls; by default all that are possible; false once they are added",
+    )
+    control: Literal["", ControlKind] = Field("", description="what kind of control this is; set for the added ones")
+    control_of: tuple[str, ...] = Field((), description="the attacks that it is a control of")
 
     @property
     def parameters(self) -> Options:
@@ -180,7 +187,12 @@ class AttackSettings(BaseModel):
     @property
     def shown(self) -> str:
         """The name in rows and reports."""
-        return f"{self.name}, {self.control}" if self.control else self.name
+        return f"{self.name}, {self.control}" if self.yardstick else self.name
+
+    @property
+    def yardstick(self) -> bool:
+        """Whether it does not attack the update at all: what a prior makes of nothing, or of another client's update."""
+        return self.control not in ("", PEER)
 
 
 class PoolSettings(_Section):
@@ -234,7 +246,7 @@ class Settings(_Section):
     def _attack_names(cls, raw: Any) -> Any:
         """Allow attack = ["dlg", {name = "idlg", iterations = 10}]."""
         if isinstance(raw, dict) and isinstance(raw.get("attack"), list | tuple):
-            raw = raw | {"attack": [table for item in raw["attack"] for table in _with_controls(_attack_table(item))]}
+            raw = raw | {"attack": _with_controls([_attack_table(item) for item in raw["attack"]], raw)}
         return raw
 
     @property
@@ -425,32 +437,40 @@ def check_settings(settings: Settings, source: _Source | None = None) -> list[st
             if not isinstance(error, UnknownName):
                 problems.append(source.at(f"{key}: {error}"))
             continue
-        if attack.control == UNRELATED and federation.clients < 2:
-            problems.append(
-                source.at(f"{key}: controls need another client's update: federation.clients must be at least 2")
-            )
-        elif attack.control == UNRELATED and len(_captured(settings)) < 2:
-            problems.append(
-                source.at(
-                    f"capture.clients: must name at least two of the clients, 0 to "
-                    f"{federation.clients - 1} (controls), got {list(settings.capture.clients)}"
-                )
-            )
-        if attack.control == UNRELATED and federation.secure_aggregation:
-            problems.append(
-                source.at(
-                    "federation.mods: must be without secaggplus where another client's update is needed (controls)"
-                )
-            )
+        if attack.controls:
+            problems.append(source.at(f"{key}: {attack.name} has no controls: it makes no images with a prior"))
+        if attack.control == UNRELATED and (reason := _no_other_update(federation, settings.capture)):
+            problems.append(source.at(reason))
         if settings.task.name in TASKS and settings.task.name not in found.tasks:
             problems.append(source.at(f"{key}: {attack.name} attacks {', '.join(sorted(found.tasks))} only"))
     return problems
 
 
-def _captured(settings: Settings) -> set[int]:
-    """Numbers of the clients whose updates are copied."""
-    clients = range(settings.federation.clients)
-    return set(clients) & set(settings.capture.clients or clients)
+def controls_left_out(settings: Settings, attack: AttackSettings) -> dict[str, str]:
+    """Controls that the attack names and the cell does not run, by kind, each with the reason; peers go by their names."""
+    if attack.yardstick:
+        return {}
+    there = {_identity(other.model_dump()) for other in settings.attack}
+    reasons = {UNRELATED: _no_other_update(settings.federation, settings.capture)}
+    return {
+        (table["name"] if table["control"] == PEER else table["control"]): reasons.get(table["control"])
+        or "controls = false"
+        for table in _controls_of({"name": attack.name, **attack.parameters}, settings.task.name)
+        if _identity(table) not in there
+    }
+
+
+def _no_other_update(federation: FederationSettings, capture: CaptureSettings) -> str:
+    """Why no second client's update of a round will be there, behind the key to blame; "" where one will."""
+    clients = set(range(federation.clients))
+    if len(clients) < 2:
+        return "federation.clients: must be at least 2: controls need another client's update"
+    if len(clients & set(capture.clients or clients)) < 2:
+        last, got = federation.clients - 1, list(capture.clients)
+        return f"capture.clients: must name at least two of the clients, 0 to {last} (controls), got {got}"
+    if federation.secure_aggregation:
+        return "federation.mods: must be without secaggplus where another client's update is needed (controls)"
+    return ""
 
 
 def _partition_problems(data: DataSettings) -> list[str]:
@@ -563,15 +583,70 @@ def _attack_table(item: Any) -> Any:
     return {"name": name, **parameters}
 
 
-def _with_controls(table: Any) -> list[Any]:
-    """An attack, and behind it its controls where it asks for them."""
-    if not isinstance(table, dict) or not isinstance(table.get("controls"), bool):
-        return [table]
-    attack = {key: value for key, value in table.items() if key != "controls"}
-    if not table["controls"]:
-        return [attack]
-    alone = {key: attack[key] for key in ("name", "sampling_steps", "eta", "clip", "precision") if key in attack}
-    return [attack, alone | {"guidance": "none", "control": PRIOR_ALONE}, attack | {"control": UNRELATED}]
+_ABOUT_CONTROLS = ("controls", "control", "control_of")
+
+
+def _bare(table: Options) -> Options:
+    """An attack's own parameters."""
+    return {key: value for key, value in table.items() if key not in ("name", *_ABOUT_CONTROLS)}
+
+
+def _with_controls(tables: Sequence[Any], raw: Options) -> list[Any]:
+    """Attacks, and behind them the controls that they name; one that is there already is not added again."""
+    alone = _without_other_update(raw)
+    written: list[Any] = []
+    added: dict[str, Options] = {}
+    of: dict[str, list[str]] = {}
+    for table in tables:
+        asked = table.get("controls") if isinstance(table, dict) and not table.get("control") else False
+        controls = _controls_of(table, _task_name(raw)) if asked is not False else []
+        written.append(table | {"controls": False} if controls else table)
+        for control in controls:
+            if asked or control["control"] != UNRELATED or not alone:
+                added.setdefault(_identity(control), control)
+                of.setdefault(_identity(control), []).append(format_spec(table["name"], _bare(table)))
+    there = {_identity(table) for table in written if isinstance(table, dict)}
+    everything = [*written, *(control for key, control in added.items() if key not in there)]
+    for place, table in enumerate(everything):
+        if isinstance(table, dict) and (names := of.get(_identity(table))):
+            everything[place] = table | {"control_of": list(dict.fromkeys([*table.get("control_of", ()), *names]))}
+    return everything
+
+
+def _identity(table: Options) -> str:
+    """What a control runs; an attack that was written as one of its own is a peer."""
+    kind = table.get("control") or PEER
+    return json.dumps([kind, table.get("name"), _bare(table)], sort_keys=True, default=str)
+
+
+def _controls_of(table: Options, task: str) -> list[Options]:
+    """The controls that an attack names, as attack tables; those that do not attack the task are left out."""
+    try:
+        attack = ATTACKS.create(str(table.get("name")), **_bare(table))
+        named: Sequence[Control] = attack.controls() if hasattr(attack, "controls") else ()
+        made = []
+        for control in named:
+            name = control.attack or table["name"]
+            if task in ATTACKS.get(name).tasks:
+                parameters = _bare(table) if control.parameters is None else dict(control.parameters)
+                made.append({"name": name, **parameters, "control": control.kind})
+    except Exception:  # whatever is wrong with the attack is reported where it is checked
+        return []
+    return made
+
+
+def _task_name(raw: Options) -> str:
+    task = raw.get("task")
+    return str(task.get("name", TaskSettings().name)) if isinstance(task, dict) else TaskSettings().name
+
+
+def _without_other_update(raw: Options) -> bool:
+    """Whether the raw settings leave no second client's update; wrong settings are reported elsewhere."""
+    try:
+        federation = FederationSettings.model_validate(raw.get("federation", {}))
+        return bool(_no_other_update(federation, CaptureSettings.model_validate(raw.get("capture", {}))))
+    except (ValidationError, FedattackError):
+        return False
 
 
 def _merge(below: Any, above: Any) -> Any:

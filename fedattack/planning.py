@@ -230,7 +230,7 @@ def job_id(settings: Settings, update_path: Path, attack: AttackSettings) -> str
         how.append(settings.threat.prior)
     if settings.threat.history:
         how.append(["history", settings.threat.history])
-    if attack.control:
+    if attack.yardstick:
         how.append(["control", attack.control])
     digest = _digest([*how, _own_source(attack.name)])
     return f"{settings.federation_id}--{update_path.stem}--{attack.name.replace(':', '.')}-{digest}"

@@ -3,17 +3,20 @@
 Scores are computed once a job and kept; the rows file is written anew from them, so it never holds a job twice.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fedattack.config import AttackSettings, Experiment, Settings
-from fedattack.errors import FedattackError
+from fedattack.config import AttackSettings, Experiment, Settings, controls_left_out
+from fedattack.errors import FedattackError, MissingDependency, NotApplicable
 from fedattack.flooring import UNAVAILABLE, FloorRow, Floors
 from fedattack.jobs import Job, load_outcome, reconstruction_path
-from fedattack.metrics import baselines, batch_mean, matched_images, score
+from fedattack.metrics import baselines, batch_mean, matched_images, psnr_db, score, ssim
+from fedattack.metrics import lpips as lpips_distance
 from fedattack.planning import cell_facts, job_id, read_truth, row_facts, updates_of, why_not_planned
 from fedattack.provenance import overlap
 from fedattack.seeding import derive_generator
@@ -52,6 +55,7 @@ def score_run(run: RunFolder, experiment: Experiment) -> list[Row]:
 def _cell_rows(run: RunFolder, settings: Settings, lpips: Sequence[str], floors: Floors) -> Iterator[Row]:
     folder = run.federation(settings.federation_id)
     updates = updates_of(folder)
+    told = [_about_controls(settings, attack) for attack in settings.attack]
     if not updates:
         nothing = "no update was copied" + (": see the incidents" if folder.incidents.exists() else " yet")
         facts = cell_facts(settings) | {"kind": "attack", "status": "failed", "error": nothing, "oracles": []}
@@ -60,12 +64,20 @@ def _cell_rows(run: RunFolder, settings: Settings, lpips: Sequence[str], floors:
         truth = read_truth(folder, update_path)
         floor = floors.row(settings, update_path) if settings.attack else None
         one_for_all = False
-        for attack in settings.attack:
+        for attack, about in zip(settings.attack, told, strict=True):
             row = _attack_row(run, settings, attack, update_path, truth, lpips)
             one_for_all |= row.get("represents") == "user"
+            row |= about
             yield row if floor is None else row | _floored(row, floor)
         if truth is not None and folder.public_images.exists() and settings.attack:
             yield from _baseline_rows(run, settings, folder, update_path, truth, lpips, one_for_all)
+
+
+def _about_controls(settings: Settings, attack: AttackSettings) -> Row:
+    """control: the kind of control that the row is; control_of: of which attacks; controls_left_out: of its own, each why."""
+    facts: Row = {"control": attack.control, "control_of": list(attack.control_of)}
+    facts["controls_left_out"] = controls_left_out(settings, attack)
+    return {name: value for name, value in facts.items() if value}
 
 
 def _floored(row: Row, floor: FloorRow) -> Row:
@@ -86,7 +98,7 @@ def _attack_row(
 ) -> Row:
     """The row of an attack on an update: "pending" while its job has no outcome, "not-applicable" if it cannot have one."""
     job_name = job_id(settings, update_path, attack)
-    kind = "baseline" if attack.control else "attack"
+    kind = "baseline" if attack.yardstick else "attack"
     outcome = load_outcome(run.results, job_name)
     if outcome is None:
         client, _, number = update_path.stem.rpartition("-round-")
@@ -131,6 +143,8 @@ def _attack_row(
         if found.represents != "images":
             row["represents"] = found.represents
         row |= _scored(run, job_name, found, truth, lpips)
+        if truth is not None and row["status"] == "ok" and found.trajectory is not None:
+            row["trajectory"] = _along_the_way(run, job_name, found, row["assignment"], truth["images"], lpips)
         if truth is not None and (shared := overlap(truth["images"], str(job.knowledge.get("prior", "")))):
             row["prior_overlap"] = shared
         if "labels" in row["oracles"]:
@@ -196,6 +210,34 @@ def _scored(
             "reconstruction": _pictures(run, job, shown),
         }
     }
+
+
+def _along_the_way(
+    run: RunFolder, job: str, found: Reconstruction, assignment: Sequence[int], truth: Tensor, lpips_nets: Sequence[str]
+) -> Row:
+    """Scores of the images that the attack kept of its way: steps, and by metric a list a step, a number for each true image.
+
+    Every snapshot is compared with the true images that the result is compared with; true images without a result are left
+    out. LPIPS only with the last network of `lpips_nets`, as {net: lists}. images: the way of the first of them, as files.
+    """
+    assert found.trajectory is not None
+    pairs = [(place, chosen) for place, chosen in enumerate(assignment) if chosen >= 0]
+    if not pairs:
+        return {}
+    places, chosen = (list(part) for part in zip(*pairs, strict=True))
+    film = [images[chosen[0]] for images in found.trajectory]
+    row: Row = {
+        "steps": list(found.trajectory_steps),
+        "image": places[0],
+        "images": _pictures(run, f"{job}--way", film),
+    }
+    metrics: dict[str, Callable[[Tensor, Tensor], Tensor]]
+    metrics = {"psnr_db": psnr_db, "ssim": ssim, **{net: partial(lpips_distance, net=net) for net in lpips_nets[-1:]}}
+    for name, metric in metrics.items():
+        with suppress(NotApplicable, MissingDependency):  # the result's own row says why
+            values = [metric(images[chosen], truth[places]).tolist() for images in found.trajectory]
+            row |= {"lpips": {name: values}} if name in lpips_nets else {name: values}
+    return row
 
 
 def _pictures(run: RunFolder, name: str, images: Sequence[Tensor | None]) -> list[str | None]:

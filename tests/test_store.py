@@ -113,11 +113,13 @@ def test_reconstructions_come_back_as_they_were(tmp_path, batch):
         seconds=1.5,
         diagnostics={"loss": 0.25, "spread": float("nan")},
         represents="user",
+        trajectory=torch.rand(2, batch, 3, 7, 5),
+        trajectory_steps=(0, 3),
     )
     path = tmp_path / "r.safetensors"
     save_reconstruction(path, found)
     again = load_reconstruction(path)
-    for name in ("images", "labels", "timesteps", "noise"):
+    for name in ("images", "labels", "timesteps", "noise", "trajectory"):
         assert torch.equal(getattr(again, name), getattr(found, name))
         assert getattr(again, name).dtype == getattr(found, name).dtype
     assert again.losses[0] == 1.0
@@ -127,12 +129,14 @@ def test_reconstructions_come_back_as_they_were(tmp_path, batch):
     assert (again.steps, again.seconds, again.diagnostics["loss"]) == (4, 1.5, 0.25)
     assert math.isnan(again.diagnostics["spread"])
     assert again.represents == "user"
+    assert again.trajectory_steps == (0, 3)
 
 
 def test_a_bare_reconstruction_has_none_where_it_had_none(tmp_path):
     save_reconstruction(tmp_path / "r.safetensors", Reconstruction(images=torch.rand(1, 1, 2, 2)))
     again = load_reconstruction(tmp_path / "r.safetensors")
-    assert again.labels is again.timesteps is again.noise is None
+    assert again.labels is again.timesteps is again.noise is again.trajectory is None
+    assert again.trajectory_steps == ()
     assert again.losses == ()
     assert again.diagnostics == {}
     assert again.represents == "images"

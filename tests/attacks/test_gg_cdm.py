@@ -186,6 +186,52 @@ def test_guidance_comes_closer_to_the_update_than_none(patches, settings):
     assert found.diagnostics["loss"] == found.losses[-1] <= found.diagnostics["worst_restart_loss"]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"restarts": 3},
+        {"guidance": "dps", "sampling_steps": 5},
+        {"guidance": "posterior", "average": False, "iterations": 1},
+    ],
+    ids=lambda settings: " ".join(str(value) for value in settings.values()),
+)
+def test_the_way_is_that_of_the_kept_chain(random_images, settings):
+    """The distance of every snapshot from the update, computed anew, is the loss of its step; the last is the result."""
+    model, update, knowledge = victim(random_images(SHAPE), sigma=0.1)
+    known = replace(knowledge, labels=torch.tensor([2]))
+    found = attack(model, update, known, **{"sampling_steps": 30, "precision": "float64"} | settings)
+    steps = settings.get("sampling_steps", 30)
+    assert found.trajectory is not None
+    assert found.trajectory.shape == (min(12, steps + 1), 1, *SHAPE)
+    assert found.trajectory.dtype == torch.float32
+    assert (found.trajectory_steps[0], found.trajectory_steps[-1]) == (0, steps)
+    assert torch.equal(found.trajectory[-1], found.images)
+    silence = math.sqrt(sum(float(t.square().sum()) for t in update.received.values()))
+    for step, images in zip(found.trajectory_steps, found.trajectory, strict=True):
+        there = update_from(model, images.double(), torch.tensor([2]), dtype=torch.float64).received
+        off = math.sqrt(sum(float((there[name] - t).square().sum()) for name, t in update.received.items()))
+        assert off / silence == pytest.approx(found.losses[step], rel=1e-4)
+
+
+def test_the_way_of_an_average_ends_in_it(random_images):
+    found = attack(*victim(random_images(SHAPE)), sampling_steps=3, restarts=2, average=True)
+    assert found.trajectory is not None
+    assert found.trajectory_steps == (0, 1, 2, 3)
+    assert torch.equal(found.trajectory[-1], found.images)
+
+
+def test_controls_are_named_by_the_attack():
+    """The prior alone keeps what its sampler is, and nothing of the guidance; it has no controls of its own."""
+    controls = GGCDM(guidance="dps", sampling_steps=20, eta=0.5, restarts=3, step_size=0.1).controls()
+    assert [(control.kind, control.attack, control.parameters) for control in controls] == [
+        ("prior-alone", "", {"sampling_steps": 20, "eta": 0.5, "guidance": "none"}),
+        ("unrelated-update", "", None),
+        ("peer", "linear-leak", {}),
+        ("peer", "inverting-gradients", {"iterations": 60}),
+    ]
+    assert GGCDM(**controls[0].parameters).controls() == ()
+
+
 def test_a_chain_starts_where_another_attack_ended(patches):
     """From the exact image at 2 of 100 timesteps hardly anything changes; from noise everything does."""
     image = patches.private.images([3])[0].double()

@@ -1,16 +1,19 @@
 """Controls of attacks that an update leads, and a prior that was trained on the very images under attack: both are said."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from experiments.campaign import run_campaign
-from fedattack.config import UNRELATED, ConfigError, load_config, parse_config, to_toml
+from fedattack.config import UNRELATED, ConfigError, controls_left_out, load_config, parse_config, to_toml
 from fedattack.data import load_dataset
 from fedattack.jobs import Job
 from fedattack.metrics import psnr_db
+from fedattack.planning import job_id
 from fedattack.prior_training import PriorSettings, train_prior
+from fedattack.registry import format_spec
 from fedattack.scoring import score_run
 from fedattack.store import RunFolder, load_reconstruction, read_rows, read_tensors
 
@@ -56,10 +59,73 @@ def test_one_setting_adds_both_controls_and_survives_a_round_trip(prior, tmp_pat
         ("gg-cdm", SETTINGS),
         ("gg-cdm, prior-alone", {"sampling_steps": 4, "guidance": "none"}),
         ("gg-cdm, unrelated-update", SETTINGS),
+        ("linear-leak", {}),
+        ("inverting-gradients", {"iterations": 4}),
     ]
+    of = format_spec("gg-cdm", SETTINGS)
+    assert [attack.control_of for attack in cell.attack] == [(), *[(of,)] * 4]
     (tmp_path / "c.toml").write_text(to_toml(made))
     assert load_config(tmp_path / "c.toml").cells == made.cells
     assert len(config(prior, attack=[{"name": "gg-cdm", "controls": False}]).cells[0].attack) == 1
+
+
+def test_controls_are_the_default_and_equal_ones_run_once(prior, tmp_path):
+    """Three guidances in two chains: two priors alone, three other updates; `linear-leak` is listed, so it is not added."""
+    attacks = [
+        {"name": "gg-cdm", "sampling_steps": 4},
+        "linear-leak",
+        {"name": "gg-cdm", "sampling_steps": 4, "guidance": "dps", "eta": 1.0},
+        {"name": "gg-cdm", "sampling_steps": 2, "restarts": 2, "guidance": "dps"},
+        {"name": "gg-cdm", "sampling_steps": 3, "controls": False},
+        {"name": "dlg", "iterations": 2},
+    ]
+    (cell,) = config(prior, attack=attacks).cells
+    assert [attack.control for attack in cell.attack] == [
+        *[""] * 6,
+        "prior-alone", "unrelated-update", "peer", "unrelated-update", "prior-alone", "unrelated-update",
+    ]  # fmt: skip
+    first, leak, second, third = (cell.attack[number] for number in (0, 1, 2, 3))
+    alone, _, peer, *_, other_alone, _ = cell.attack[6:]
+    assert leak.control_of == peer.control_of == (first.spec, second.spec, third.spec)
+    assert peer.spec == "inverting-gradients(iterations=4)"
+    assert alone.control_of == (first.spec, second.spec)
+    assert other_alone.control_of == (third.spec,)
+    (tmp_path / "c.toml").write_text(to_toml(config(prior, attack=attacks)))
+    assert load_config(tmp_path / "c.toml").cells == (cell,)
+
+
+def test_jobs_without_controls_keep_their_names(prior):
+    """What is attacked how decides, not what stands beside it: nothing is attacked twice because of a control."""
+    path = Path("client-0-round-1.safetensors")
+
+    def jobs(attacks):
+        (cell,) = config(prior, attack=attacks).cells
+        return {attack.shown: job_id(cell, path, attack) for attack in cell.attack}
+
+    bare = jobs([{"name": "gg-cdm", "controls": False, **SETTINGS}, "linear-leak"])
+    full = jobs([{"name": "gg-cdm", **SETTINGS}])
+    assert {name: full[name] for name in bare} == bare
+    assert len(set(full.values())) == 5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"federation": {"clients": 1, "rounds": 1}},
+        {"capture": {"clients": [1]}},
+        {"federation": {"clients": 2, "rounds": 1, "protocol": "fedavg", "mods": ["secaggplus"]}},
+    ],
+    ids=["one client", "one copied", "secure aggregation"],
+)
+def test_by_default_a_control_that_cannot_be_is_left_out_and_said(prior, changes):
+    (cell,) = config(prior, attack=[{"name": "gg-cdm", **SETTINGS}], **changes).cells
+    assert [attack.control for attack in cell.attack] == ["", "prior-alone", "peer", "peer"]
+    ((kind, reason),) = controls_left_out(cell, cell.attack[0]).items()
+    assert kind == UNRELATED
+    assert "controls" in reason
+    (bare,) = config(prior, attack=[{"name": "gg-cdm", "controls": False, **SETTINGS}]).cells
+    left_out = dict.fromkeys(("prior-alone", UNRELATED, "linear-leak", "inverting-gradients"), "controls = false")
+    assert controls_left_out(bare, bare.attack[0]) == left_out
 
 
 def test_controls_that_cannot_be_are_refused(prior):
@@ -69,8 +135,8 @@ def test_controls_that_cannot_be_are_refused(prior):
         config(prior, capture={"clients": [0, 7]})
     with pytest.raises(ConfigError, match=r"config: federation\.mods: must be without secaggplus .* \(controls\)"):
         config(prior, federation={"clients": 3, "rounds": 1, "protocol": "fedavg", "mods": ["secaggplus"]})
-    assert len(config(prior, capture={"clients": [0, 2]}).cells[0].attack) == 3
-    with pytest.raises(ConfigError, match="guidance"):
+    assert len(config(prior, capture={"clients": [0, 2]}).cells[0].attack) == 5
+    with pytest.raises(ConfigError, match=r"attack\[0\]: dlg has no controls"):
         config(prior, attack=[{"name": "dlg", "controls": True}])
 
 
@@ -130,7 +196,7 @@ def test_a_prior_kept_apart_is_reported_too(tmp_path):
     settings = PriorSettings("patches", size=8, channels=(8, 16), steps=2, batch=4, timesteps=20)
     train_prior(settings, tmp_path / "prior", samples=0)
     federation = {"clients": 2, "rounds": 1}
-    attack = [{"name": "gg-cdm", **SETTINGS}]
+    attack = [{"name": "gg-cdm", "controls": False, **SETTINGS}]
     summary = run_campaign(config(tmp_path / "prior", federation=federation, attack=attack), tmp_path / "run")
     rows = [row for row in read_rows(summary.run.rows) if row["attack"] == "gg-cdm"]
     assert [row["prior_overlap"]["same"] for row in rows] == [0, 0]
