@@ -223,6 +223,11 @@ class ScoreSettings(_Section):
         description="for all floors of a run together under auto and probes, shared evenly; of one core, estimated by "
         "counting operations",
     )
+    rv: bool = Field(
+        True,
+        description="state RV = ‖∂update/∂images‖_F beside the floor, which gives it for nothing; where the floor takes too "
+        "long, by some random directions within its seconds",
+    )
     floor_db: float = Field(20.0, description="the PSNR whose least noise is stated: from there on the floor hides it")
 
 

@@ -47,6 +47,12 @@ CONVERGED = 1e-2
 
 DELAY = 8
 
+SKIPPED = "skipped:"
+"""How the reason begins where a computation was not affordable."""
+
+FEWEST_SIGNS, MOST_SIGNS = 4, 64
+"""Random directions from which ‖F‖_F is taken where there is no floor."""
+
 
 @dataclass(frozen=True)
 class Floor:
@@ -60,6 +66,7 @@ class Floor:
     stopped early and the floor is higher still. update_rms: root mean square coordinate of what is sent. rounding_sigma: the
     standard deviation of its rounding to float32, ε·rms/√12, an order of magnitude only (coordinates differ in size; a client
     that also computes in float32 errs several times more). derivatives: directional derivatives of the update that were taken.
+    jacobian_norm: ‖∂(what is sent)/∂images‖_F, RV where that is the gradient; jacobian_error: its relative standard error.
     """
 
     method: str
@@ -76,6 +83,8 @@ class Floor:
     update_rms: float
     rounding_sigma: float
     derivatives: int
+    jacobian_norm: float | None = None
+    jacobian_error: float = 0.0
 
     @property
     def identifiable(self) -> bool | None:
@@ -129,6 +138,40 @@ def error_floor(
         return _by_jacobian(sent, chosen == "sketch", generator, progress)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise NotApplicable(f"the update has no usable derivative: {str(error).strip().splitlines()[0]}") from error
+
+
+def jacobian_norm(
+    update: Update,
+    model: nn.Module,
+    task: Task,
+    knowledge: Knowledge,
+    truth: Private,
+    *,
+    seconds: float,
+    clip_norm: float | None = None,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """jacobian_norm, jacobian_error and update_rms of a `Floor` alone, from as many random directions as fit in `seconds`.
+
+    For updates whose floor costs too much; at least 4 directions, at most 64. Raises NotApplicable as `error_floor` does.
+    """
+    sent = Sent.of(update, model, task, knowledge, truth, clip_norm)
+    try:
+        fitting = int(seconds / (cost := Cost.of(sent)).derivative)
+        if fitting < FEWEST_SIGNS:
+            raise NotApplicable(
+                f"{SKIPPED} {FEWEST_SIGNS} directions take an estimated {FEWEST_SIGNS * cost.derivative:.2g} s, "
+                f"and this update has {seconds:.2g} s"
+            )
+        directions = torch.zeros(min(fitting, MOST_SIGNS), sent.unknowns, dtype=sent.at.dtype)
+        shape = (len(directions), sent.pixels)
+        directions[:, : sent.pixels] = 2.0 * torch.randint(2, shape, generator=generator) - 1.0
+        times, _ = _products(sent)
+        parts = [times(some) for some in torch.split(directions.to(sent.at.device), sent.chunk)]
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise NotApplicable(f"the update has no usable derivative: {str(error).strip().splitlines()[0]}") from error
+    norm, spread = _norm_by_signs(torch.cat(parts))
+    return {"jacobian_norm": norm, "jacobian_error": spread, "update_rms": sent.update_rms}
 
 
 # ---------------------------------------------------------------------------------------------------- what is sent
@@ -316,7 +359,7 @@ def _affordable(sent: Sent, cost: Cost, seconds: float) -> str:
     if FEWEST * cost.iteration <= seconds:
         return "probes"
     raise NotApplicable(
-        f"skipped: {n:,} unknowns take an estimated {min(cost.exact, cost.sketch):.2g} s, a bound by probes "
+        f"{SKIPPED} {n:,} unknowns take an estimated {min(cost.exact, cost.sketch):.2g} s, a bound by probes "
         f"{FEWEST * cost.iteration:.2g} s at least, and this update has {seconds:.2g} s"
     )
 
@@ -337,6 +380,7 @@ def _by_jacobian(sent: Sent, sketched: bool, generator: torch.Generator, progres
     if not bool(derivatives.isfinite().all()):
         raise NotApplicable("the update's derivative is not finite at the truth")
     images, noise = derivatives[: sent.pixels], derivatives[sent.pixels :]
+    norm = float(images.norm())
     rank = 0
     if len(noise):
         basis = _range(noise)
@@ -363,6 +407,8 @@ def _by_jacobian(sent: Sent, sketched: bool, generator: torch.Generator, progres
         relative_error=math.sqrt(0.5 / max(kept - rank - 3, 1)) if sketched else 0.0,
         per_image=tuple(per_image),
         derivatives=n,
+        jacobian_norm=norm,
+        jacobian_error=math.sqrt(0.5 / kept) if sketched else 0.0,
     )
 
 
@@ -435,9 +481,11 @@ def _by_probes(sent: Sent, most: int | None, generator: torch.Generator, progres
     total = torch.zeros_like(size)
     recent: list[Tensor] = []
     limit = n if most is None else max(1, most)
-    iteration, done = 0, False
+    iteration, done, norm, error = 0, False, 0.0, 0.0
     while iteration < limit and not done:
         image = times(direction)
+        if iteration == 0:  # of random signs still
+            norm, error = _norm_by_signs(image)
         length = size / image.square().sum(1).clamp_min(1e-300)
         length = torch.where(length.isfinite(), length, 0.0)
         added = length * size
@@ -465,7 +513,18 @@ def _by_probes(sent: Sent, most: int | None, generator: torch.Generator, progres
         relative_error=0.5 * spread / mean,
         per_image=tuple(math.sqrt(float(part.mean())) for part in parts) if done else (),
         derivatives=2 * probes * iteration,
+        jacobian_norm=norm,
+        jacobian_error=error,
     )
+
+
+def _norm_by_signs(products: Tensor) -> tuple[float, float]:
+    """‖F‖_F from F·v, one v of random signs a row, and its relative standard error (Hutchinson 1990)."""
+    squares = products.square().sum(1)
+    mean = float(squares.mean())
+    if len(squares) < 2 or not mean > 0:
+        return math.sqrt(mean), math.inf
+    return math.sqrt(mean), float(squares.std()) / math.sqrt(len(squares)) / (2.0 * mean)
 
 
 def _products(sent: Sent) -> tuple[Function, Function]:

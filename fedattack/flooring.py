@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from fedattack.config import Experiment, Settings
 from fedattack.errors import NotApplicable
-from fedattack.floor import Floor, error_floor
+from fedattack.floor import SKIPPED, Floor, error_floor, jacobian_norm
 from fedattack.jobs import torch_threads
 from fedattack.models import build_model
 from fedattack.planning import read_truth, server_facts, updates_of
@@ -32,6 +33,9 @@ from fedattack.vulnerability import Vulnerability, vulnerability
 FloorRow = dict[str, Any]
 
 UNAVAILABLE = "not available"
+RV_FACTS = ("jacobian_norm", "jacobian_error", "update_rms")
+"""Of a floor, or alone where there is none."""
+
 ORDER = (UNAVAILABLE, "at least", "estimate", "exact")
 """How much is known of a floor, least first: what a later and better computation may replace."""
 
@@ -102,6 +106,19 @@ class Target:
 
     def compute(self, method: str, seconds: float, progress: Progress) -> Floor:
         """Rebuild model and task as an attack would, and take the floor at the truth."""
+        with torch_threads(1):
+            return error_floor(*self._posed(), method=method, seconds=seconds, progress=progress, **self._how())
+
+    def jacobian_norm(self, seconds: float) -> dict[str, float]:
+        """What a floor says of its Jacobian's size, where there is no floor."""
+        with torch_threads(1):
+            return jacobian_norm(*self._posed(), seconds=seconds, **self._how())
+
+    def _how(self) -> dict[str, Any]:
+        generator = derive_generator(self.settings.seed, "floor", self.path.stem)
+        return {"clip_norm": self.protection.clip_norm, "generator": generator}
+
+    def _posed(self) -> tuple[Update, nn.Module, Task, Knowledge, dict[str, Tensor]]:
         if self.path.stem.startswith("aggregate-") and (self.context.get("local_steps") or 1) > 1:
             raise NotApplicable(
                 "several local steps of several clients, of which only the mean was seen, are not modelled"
@@ -110,19 +127,7 @@ class Target:
         knowledge = Knowledge(**server_facts(self.update, dict(self.context)))
         if self.noise_known:
             knowledge = replace(knowledge, noise=self.truth.get("noise"))
-        with torch_threads(1):
-            return error_floor(
-                self.update,
-                model,
-                task,
-                knowledge,
-                self._private(task),
-                method=method,
-                seconds=seconds,
-                clip_norm=self.protection.clip_norm,
-                generator=derive_generator(self.settings.seed, "floor", self.path.stem),
-                progress=progress,
-            )
+        return self.update, model, task, knowledge, self._private(task)
 
     def vulnerability(self) -> Vulnerability:
         """RV at the truth, labels, timesteps and noise being known, of the gradient before any defense.
@@ -176,7 +181,7 @@ class Floors:
     ) -> None:
         self._run = run
         self._method = method or experiment.score.floor
-        self._db = experiment.score.floor_db
+        self._db, self._rv = experiment.score.floor_db, experiment.score.rv
         self._keys: dict[tuple[str, str], str] = {}
         for settings, path in _updates(run, experiment) if self._method != "off" else ():
             with suppress(NotApplicable):
@@ -194,20 +199,26 @@ class Floors:
         kept = self._run.floors / f"{self._keys.get(_identity(settings, path)) or target.key}.json"
         found: FloorRow = read_json(kept) if kept.exists() else {}
         if not self._settled(found):
-            found = max(found, self._computed(target, progress), key=_worth)
+            computed = self._computed(target, progress)
+            best: FloorRow = max(computed, found, key=_worth)
+            found = {name: computed[name] for name in RV_FACTS if name in computed} | best
             write_json(kept, finite(found))
-        return _with_noise(found, target, self._db)
+        return _with_noise(found, target, self._db, self._rv)
 
     def _computed(self, target: Target, progress: Progress) -> FloorRow:
         facts: FloorRow = {"asked": self._method, "seconds": self._seconds}
         try:
             return facts | asdict(target.compute(self._method, self._seconds, progress)) | {"reason": ""}
         except NotApplicable as reason:
-            return facts | {"status": UNAVAILABLE, "reason": str(reason)}
+            facts |= {"status": UNAVAILABLE, "reason": str(reason), "jacobian_norm": None}
+        if self._rv and facts["reason"].startswith(SKIPPED):
+            with suppress(NotApplicable):
+                facts |= target.jacobian_norm(self._seconds)
+        return facts
 
     def _settled(self, found: FloorRow) -> bool:
         """Whether what is kept is as good as what would be computed now."""
-        if not found:
+        if not found or (self._rv and "jacobian_norm" not in found):  # kept by a version that did not take it
             return False
         if found["status"] == "exact" or (found["status"] == "estimate" and self._method in ("auto", found["method"])):
             return True
@@ -230,12 +241,17 @@ def _identity(settings: Settings, path: Path) -> tuple[str, str]:
     return f"{settings.federation_id}:{'noise' in settings.threat.visible()}", path.stem
 
 
-def _with_noise(kept: FloorRow, target: Target, db: float) -> FloorRow:
-    """The floor at the noise of the cell: the defense's, or else the rounding of its precision."""
+def _with_noise(kept: FloorRow, target: Target, db: float, rv: bool) -> FloorRow:
+    """The floor at the noise of the cell: the defense's, or else the rounding of its precision; and RV of what was sent.
+
+    relative_rv: RV where the update has unit root mean square, what noise in units of that has to compete with.
+    """
     found = {name: value for name, value in kept.items() if name not in ("asked", "seconds")}
+    if rv and (norm := found.get("jacobian_norm")) and (rms := found.get("update_rms")):
+        found |= {"rv": norm, "relative_rv": norm / rms, "rv_error": found["jacobian_error"]}
     if found["status"] == UNAVAILABLE:
         return found
-    fields = {name: value for name, value in found.items() if name != "reason"}
+    fields = {name: found[name] for name in (field.name for field in dataclass_fields(Floor)) if name in found}
     floor = Floor(**fields | {"per_image": tuple(fields["per_image"])})
     aggregate = target.path.stem.startswith("aggregate-")
     protection = target.protection

@@ -85,7 +85,8 @@ def _floored(row: Row, floor: FloorRow) -> Row:
     if "history" in row.get("knowledge", []):
         floor = {"status": UNAVAILABLE, "reason": MORE_UPDATES}
     why = floor["reason"] if floor["status"] == UNAVAILABLE else floor["note"]
-    return {"floor": floor} | ({"missing": {**row.get("missing", {}), "floor": why}} if why else {})
+    facts: Row = {"floor": floor} | {name: floor[name] for name in ("rv", "relative_rv") if name in floor}
+    return facts | ({"missing": {**row.get("missing", {}), "floor": why}} if why else {})
 
 
 def _attack_row(

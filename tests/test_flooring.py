@@ -115,6 +115,53 @@ def test_rows_carry_the_floor_at_the_noise_of_their_defense(campaign):
         assert clipped["rms_per_sigma"] > plain["rms_per_sigma"]
 
 
+def test_rows_carry_rv_and_it_is_that_of_the_gradient(campaign):
+    """Beside the floor and at no cost: the same figure as `vulnerability` by itself, of a clipped update a smaller one."""
+    run, wanted = campaign
+    rows = {(row["defense"], row["client"]): row for row in read_rows(run.rows) if row["kind"] == "attack"}
+    plain, noisy, clipped = wanted.cells
+    for path in updates_of(run.federation(plain.federation_id)):
+        exact = target_of(run, plain, path).vulnerability()
+        client = path.stem.rpartition("-round-")[0]
+        row = rows["none", client]
+        assert row["rv"] == pytest.approx(exact.rv, rel=1e-9)
+        assert row["relative_rv"] == pytest.approx(exact.relative, rel=1e-9)
+        assert rows[noisy.federation.defense, client]["rv"] == row["rv"]
+        assert rows[clipped.federation.defense, client]["rv"] < row["rv"]
+
+
+def test_floors_and_rv_are_those_of_the_state_that_was_sent(tmp_path):
+    """Two rounds on the same images: what training did to the weights is all that differs."""
+    federation = {"clients": 1, "rounds": 2, "same_examples": True, "learning_rate": 5.0}
+    wanted = experiment(federation=federation)
+    rows = [row for row in run_rows(wanted, tmp_path) if row["kind"] == "attack"]
+    first, second = sorted(rows, key=lambda row: row["round"])
+    for figure in ("rms_per_sigma", "rv", "relative_rv"):
+        assert first["floor"][figure] != pytest.approx(second["floor"][figure], rel=1e-3)
+
+
+def test_where_a_floor_takes_too_long_rv_is_estimated(campaign, tmp_path):
+    """Seconds for a few directions, not for a floor; without score.rv not even for these; too few for either: no figure."""
+    run = RunFolder(shutil.copytree(campaign[0].path, tmp_path / "run"))
+
+    def rows(*overrides):
+        shutil.rmtree(run.floors, ignore_errors=True)
+        found = score_run(run, experiment(*overrides))
+        return [row for row in found if row["kind"] == "attack" and row["defense"] == "none"]
+
+    exact = {
+        row["client"]: row["rv"] for row in read_rows(campaign[0].rows) if row.get("rv") and row["defense"] == "none"
+    }
+    for row in rows("score.floor_seconds=6e-3"):
+        assert row["floor"]["status"] == "not available"
+        assert 0.0 < row["floor"]["rv_error"] < 0.5
+        assert row["rv"] == pytest.approx(exact[row["client"]], rel=5 * row["floor"]["rv_error"])
+        assert "skipped" in row["missing"]["floor"]
+    assert not any("rv" in row for row in rows("score.floor_seconds=6e-3", "score.rv=false"))
+    assert not any("rv" in row for row in rows("score.floor_seconds=1e-9"))
+    assert not any("rv" in row for row in rows("score.rv=false"))
+
+
 def test_no_attack_beats_it_by_more_than_chance(campaign):
     """linear-leak is an unbiased attack without a prior; what it reaches under noise stays below the floor's PSNR."""
     run, _ = campaign
