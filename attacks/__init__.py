@@ -13,6 +13,7 @@ ATTACKS: dict[str, str] = {
     "dlg-dm": "attacks.gidm_baselines:DLGdm",
     "invg-dm": "attacks.gidm_baselines:InvGdm",
     "gg-cdm": "attacks.gg_cdm:GGCDM",
+    "user-level": "attacks.user_level:UserLevel",
     "second-order": "attacks.second_order:SecondOrder",
     "cocktail-party": "attacks.cocktail_party:CocktailParty",
     "spear": "attacks.spear:Spear",

@@ -1,0 +1,351 @@
+"""User-level inversion: one image for a whole batch, from the prior's loss and a windowed match of the batch's mean gradient.
+
+Source: Li, Lowy, Liu, Koike-Akino, Malin, Parsons, Wang, "Exploring User-level Gradient Inversion with a Diffusion Prior",
+FL@FM workshop of NeurIPS 2023, arXiv 2409.07291: Eq. 13 (the prior's loss) and Section 2.3.2 (timesteps annealed from T to
+t_min, a sliding asymmetric Hamming window over the layers, the matching gradient clipped by the prior's, final denoising).
+Differs from it: no code was published, and its words give no formula but Eq. 13, which is that of Graikos et al., NeurIPS 2022
+(arXiv 2206.09012) for a point mass. So all of these are ours: the window's form, the scale of the matching loss (that of a
+zero update is 1, under the same window), linear annealing, optimiser, rates, κ and t_min; annealing = "cosine", "adamax",
+`memory` and kappa = 0.1 are those of Graikos et al.'s own code. The image's label, of which nothing is said, is the most
+frequent one of the batch, or the shares of all classes: a batch of copies of one image, labelled in these shares, has exactly
+the gradient that the match then simulates. Final denoising starts from the image noised to t_min. Several chains run together
+and the one whose image matches the update best, all layers counting, is kept.
+guidance = "posterior" is our own: gg-cdm's posterior mean for one image with that label. That a batch's gradient is no image's
+gradient is noise to it, whose level it reads off the residuals; so a known defense is not looked at.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from attacks.controls import snapshot_steps, usual_controls
+from attacks.gg_cdm import GGCDM, fitting_prior
+from attacks.labels import infer_labels
+from attacks.matching import DISTANCES, Distance, Match, Problem, objective, pose, reconstruction
+from fedattack.errors import FedattackError, NotApplicable, must, one_of
+from fedattack.priors import Prior, ddim_step, denoise
+from fedattack.tasks import Task
+from fedattack.types import Control, Knowledge, Progress, Reconstruction, State, Update, silent
+
+GUIDANCES = ("matching", "posterior", "none")
+LABELS = ("majority", "distribution")
+ANNEALINGS: dict[str, Callable[[float], float]] = {
+    "linear": lambda u: 1.0 - u,
+    "cosine": lambda u: (1.0 - u) * (2.0 + math.cos(20.0 * u)) / 3.0,
+}
+"""Share of the way from T − 1 down to t_min that is left at progress u in [0, 1]; "cosine" swings, as Graikos et al.'s code."""
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamax": torch.optim.Adamax}
+WINDOWS = ("hamming", "none")
+
+COUNTED = 1000
+"""Images that an update is taken for where their number is hidden: class shares come in thousandths."""
+
+
+@dataclass(frozen=True)
+class UserLevel:
+    """Classifiers: one image that stands for a user's whole batch, however large, by a diffusion prior.
+
+    label: of the image, "majority" or "distribution" (the shares of all classes), from known or inferred labels. distance: of
+    each layer, "cosine", "relative-l2" or "l2". window: "hamming", reaching `width` of the layers below its centre, which
+    goes from the deepest to the shallowest layer; "none" has all layers count all the time. kappa: most norm of the matching
+    gradient in units of the prior's, smoothed by `memory` (share of the past, 0 none). weight: of the matching loss, which
+    clipping makes a limit only where it is small. draws: of (t, ε) for a step; jitter: timesteps, t is moved at random by up
+    to as many. jacobian: the prior's gradient goes through its network, or that is left out (score distillation). annealing:
+    of t, down to the share t_min of T − 1. final_steps: of DDIM from there, 0 for none. restarts: chains in one batch.
+
+    guidance: "matching", the paper's; "none", the prior's loss alone, whose first chain is the result; "posterior", gg-cdm's
+    chain of `steps` sampling steps, the mean of `restarts` chains, with none of the options named above but `label`.
+    """
+
+    name: ClassVar[str] = "user-level"
+    needs: ClassVar[frozenset[str]] = frozenset({"image_shape", "num_classes", "prior"})
+    tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
+
+    guidance: str = "matching"
+    label: str = "majority"
+    distance: str = "cosine"
+    window: str = "hamming"
+    width: float = 1 / 3
+    kappa: float = 1.0
+    memory: float = 0.0
+    weight: float = 1000.0
+    steps: int = 4000
+    optimizer: str = "adam"
+    learning_rate: float = 0.1
+    annealing: str = "linear"
+    t_min: float = 0.05
+    jitter: int = 0
+    draws: int = 1
+    jacobian: bool = True
+    final_steps: int = 10
+    restarts: int = 1
+    precision: str | None = None
+
+    def __post_init__(self) -> None:
+        named = (
+            ("guidance", GUIDANCES, self.guidance),
+            ("label", LABELS, self.label),
+            ("distance", DISTANCES, self.distance),
+            ("window", WINDOWS, self.window),
+            ("optimizer", OPTIMIZERS, self.optimizer),
+            ("annealing", ANNEALINGS, self.annealing),
+        )
+        for what, table, got in named:
+            if got not in table:
+                raise FedattackError(one_of(what, table, got))
+        for name in ("steps", "restarts", "draws"):
+            if getattr(self, name) < 1:
+                raise FedattackError(must(name, "a whole number of at least 1", getattr(self, name)))
+        for name in ("kappa", "weight", "jitter", "final_steps"):
+            if not getattr(self, name) >= 0:
+                raise FedattackError(must(name, "zero or positive", getattr(self, name)))
+        for name in ("width", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise FedattackError(must(name, "above zero", getattr(self, name)))
+        if not 0 <= self.t_min <= 1:
+            raise FedattackError(must("t_min", "in [0, 1], a share of the timesteps", self.t_min))
+        if not 0 <= self.memory < 1:
+            raise FedattackError(must("memory", "in [0, 1)", self.memory))
+
+    def controls(self) -> Sequence[Control]:
+        """None for guidance "none", which is one."""
+        if self.guidance == "none":
+            return ()
+        shared = (
+            "steps",
+            "optimizer",
+            "learning_rate",
+            "annealing",
+            "t_min",
+            "jitter",
+            "draws",
+            "jacobian",
+            "final_steps",
+        )
+        evaluations = self.steps * self.restarts
+        return usual_controls(self, shared=shared, alone={"guidance": "none"}, evaluations=evaluations)
+
+    def reconstruct(
+        self,
+        update: Update,
+        model: nn.Module,
+        task: Task,
+        knowledge: Knowledge,
+        *,
+        generator: torch.Generator,
+        progress: Progress = silent,
+    ) -> Reconstruction:
+        begun = perf_counter()
+        shares = class_shares(update, model, knowledge, self.label, generator)
+        majority = shares.argmax(-1)
+        alone = replace(
+            knowledge,
+            batch_size=1,
+            local_batch_size=1,
+            labels=shares if self.label == "distribution" else majority,
+        )
+        if self.guidance == "posterior":
+            chain = GGCDM(guidance="posterior", sampling_steps=self.steps, restarts=self.restarts)
+            blind = replace(alone, defense=None)
+            found = chain.reconstruct(update, model, task, blind, generator=generator, progress=progress)
+        else:
+            problem = pose(update, model, task, alone, precision=self.precision, scale_free=self.distance == "cosine")
+            search = Search(self, problem, fitting_prior(knowledge), generator, progress)
+            match = search.run()
+            found = reconstruction(problem, match, perf_counter() - begun)
+            found.diagnostics["clipped"] = search.clipped
+            trajectory = torch.stack([*search.snapshots, found.images.cpu()])
+            found = replace(found, trajectory=trajectory, trajectory_steps=(*search.due, self.steps))
+        found.diagnostics["label_share"] = float(shares.max())
+        return replace(found, labels=majority, represents="user", seconds=perf_counter() - begun)
+
+
+# ------------------------------------------------------------------------------------------------ the label
+def class_shares(
+    update: Update, model: nn.Module, knowledge: Knowledge, label: str, generator: torch.Generator
+) -> Tensor:
+    """(1,K) float64 shares of the classes in the batch, of known labels or else of those inferred from the update.
+
+    Where a batch's labels cannot be counted, the one class that label = "majority" needs can often still be read off.
+    """
+    assert knowledge.num_classes is not None
+    labels = knowledge.labels
+    if labels is None:
+        try:
+            counted = replace(knowledge, batch_size=knowledge.batch_size or COUNTED)
+            labels = infer_labels(update, model, counted, generator=generator)
+        except NotApplicable:
+            if label != "majority":
+                raise
+            labels = infer_labels(update, model, replace(knowledge, batch_size=1), generator=generator)
+    if labels.ndim == 2:
+        return labels.double().mean(0, keepdim=True)
+    return torch.nn.functional.one_hot(labels, knowledge.num_classes).double().mean(0, keepdim=True)
+
+
+# ------------------------------------------------------------------------------------------------ the schedules
+def window_weights(layers: int, progress: float, width: float) -> Tensor:
+    """ω (L,) of layers 1 … L, shallow to deep, at progress u in [0, 1]: all layers from c(u) = L − u(L − 1) up count 1.
+
+    Below the centre the weight falls along half a Hamming window to 0.08 at a distance of R = width·L layers, and is 0 beyond.
+    """
+    below = layers - progress * (layers - 1) - torch.arange(1, layers + 1, dtype=torch.float64)
+    reach = width * layers
+    side = 0.54 + 0.46 * (math.pi * below / reach).cos()
+    return torch.where(below <= 0, 1.0, torch.where(below <= reach, side, 0.0))
+
+
+def timestep_at(progress: float, timesteps: int, annealing: str, t_min: float) -> int:
+    """t at progress u in [0, 1]: T − 1 at its start, t_min·(T − 1) at its end."""
+    left = ANNEALINGS[annealing](progress)
+    return round((timesteps - 1) * (t_min + (1.0 - t_min) * left))
+
+
+def clipped(gradient: Tensor, most: Tensor) -> Tensor:
+    """Gradients (R,…), each scaled down to the norm `most` (R,) where it is longer; never scaled up."""
+    norms = gradient.flatten(1).norm(dim=1)
+    factor = (most / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
+    shortened: Tensor = factor.reshape(-1, *[1] * (gradient.ndim - 1)) * gradient
+    return shortened
+
+
+def layers_of(observed: State) -> list[list[str]]:
+    """Names of the tensors of every layer (weight, bias), in the model's order; layers observed as all zero say nothing."""
+    found: dict[str, list[str]] = {}
+    for name in observed:
+        found.setdefault(name.rpartition(".")[0], []).append(name)
+    return [names for names in found.values() if any(bool(observed[name].any()) for name in names)]
+
+
+# ------------------------------------------------------------------------------------------------ the search
+class Search:
+    """R images (R,1,C,H,W) in one batch, in the prior's range of about [−1, 1], from N(0, 1) to the result."""
+
+    def __init__(
+        self, attack: UserLevel, problem: Problem, prior: Prior, generator: torch.Generator, progress: Progress
+    ) -> None:
+        self.attack, self.problem, self.generator, self._progress = attack, problem, generator, progress
+        self.layers = layers_of(problem.observed)
+        if not self.layers:
+            raise NotApplicable("the update is zero: there is nothing to match")
+        self.device = next(iter(problem.observed.values())).device
+        self.prior = prior.to(torch.float32, self.device)
+        self.shape = (attack.restarts, *problem.unknown["images"].shape)
+        distance = DISTANCES[attack.distance]
+        self._silence = [self._of_layer(distance, {}, names) for names in self.layers]
+        self.due = snapshot_steps(attack.steps)
+        self.snapshots: list[Tensor] = []
+        self.clipped = 0.0
+
+    def run(self) -> Match:
+        attack = self.attack
+        x = self.noise().requires_grad_()
+        optimizer = OPTIMIZERS[attack.optimizer]([x], lr=attack.learning_rate)  # type: ignore[call-arg]
+        history, smoothed, first = [], None, 0
+        shown: list[Tensor] = []
+        for step in range(attack.steps):
+            progress = step / max(attack.steps - 1, 1)
+            led_by = self.prior_gradient(x.detach(), progress)
+            norms = led_by.flatten(1).norm(dim=1)
+            smoothed = norms if smoothed is None else attack.memory * smoothed + (1.0 - attack.memory) * norms
+            losses, pulled = self.matching_gradient(x, progress)
+            limited = clipped(pulled, attack.kappa * smoothed)
+            self.clipped += float((limited != pulled).flatten(1).any(1).double().mean()) / attack.steps
+            x.grad = led_by if attack.guidance == "none" else led_by + limited
+            optimizer.step()
+            history.append(losses)
+            if step in self.due:
+                shown.append(self.images(x))
+            self._progress(step + 1, attack.steps, float(losses.min()))
+        images = self.images(self.finished(x.detach()))
+        with torch.no_grad():
+            final = self.distances(1.0)({"images": images.to(self.problem.dtype)})
+        history.append(final)
+        if attack.guidance != "none":
+            first = int(final.nan_to_num(math.inf).argmin())
+        self.snapshots = [pictures[first].cpu() for pictures in shown]
+        return Match(
+            guess={"images": images[first].to(self.problem.dtype)},
+            losses=tuple(torch.stack(history)[:, first].tolist()),
+            steps=attack.steps,
+            restart_losses=tuple(final.tolist()),
+        )
+
+    def noise(self) -> Tensor:
+        """N(0, 1), drawn on the CPU."""
+        return torch.randn(self.shape, generator=self.generator).to(self.device)
+
+    def images(self, x: Tensor) -> Tensor:
+        """In [0, 1]."""
+        return (0.5 + 0.5 * x.detach()).clamp(0.0, 1.0)
+
+    def prior_gradient(self, x: Tensor, progress: float) -> Tensor:
+        """Of ‖ε − ε_θ(√ᾱ_t·x + √(1 − ᾱ_t)·ε, t)‖² at x, the mean over `draws` of (t, ε): Eq. 13."""
+        attack, timesteps = self.attack, self.prior.task.num_train_timesteps
+        total = torch.zeros_like(x)
+        for _ in range(attack.draws):
+            now = timestep_at(progress, timesteps, attack.annealing, attack.t_min)
+            if attack.jitter:
+                moved = int(torch.randint(-attack.jitter, attack.jitter + 1, (), generator=self.generator))
+                now = min(max(now + moved, 0), timesteps - 1)
+            a, noise = float(self.prior.task.alphas_cumprod[now]), self.noise()
+            at = x.detach().requires_grad_(attack.jacobian)
+            with torch.set_grad_enabled(attack.jacobian):
+                noisy = a**0.5 * at + (1 - a) ** 0.5 * noise
+                off = denoise(self.prior, noisy.flatten(0, 1), now)[1].reshape(x.shape) - noise
+            if attack.jacobian:
+                total += torch.autograd.grad(off.square().sum(), at)[0]
+            else:
+                total += 2.0 * a**0.5 * off
+        return total / attack.draws
+
+    def matching_gradient(self, x: Tensor, progress: float) -> tuple[Tensor, Tensor]:
+        """Losses (R,) and the gradient of weight times their sum, (R,1,C,H,W)."""
+        losses = self.distances(progress)({"images": 0.5 + 0.5 * x.to(self.problem.dtype)})
+        if self.attack.guidance == "none":
+            return losses.detach(), torch.zeros_like(x)
+        gradient = torch.autograd.grad(self.attack.weight * losses.sum(), x)[0]
+        return losses.detach(), gradient
+
+    def distances(self, progress: float) -> Callable[..., Tensor]:
+        """Σ ω_l·D_l as a share of what it is for a zero update, for guesses with a restart axis."""
+        attack, count = self.attack, len(self.layers)
+        every = torch.ones(count, dtype=torch.float64) if attack.window == "none" else None
+        weights = (window_weights(count, progress, attack.width) if every is None else every).tolist()
+        distance = DISTANCES[attack.distance]
+        whole = sum(weight * float(silence) for weight, silence in zip(weights, self._silence, strict=True))
+
+        def windowed(simulated: State, observed: State) -> Tensor:
+            terms = [
+                weight / whole * self._of_layer(distance, simulated, names)
+                for weight, names in zip(weights, self.layers, strict=True)
+                if weight > 0
+            ]
+            return torch.stack(terms).sum()
+
+        return objective(self.problem, windowed)
+
+    def _of_layer(self, distance: Distance, simulated: State, names: list[str]) -> Tensor:
+        """`distance` of one layer, of zeros where nothing was simulated."""
+        observed = {name: self.problem.observed[name] for name in names}
+        return distance({name: simulated.get(name, torch.zeros_like(observed[name])) for name in names}, observed)
+
+    @torch.no_grad()
+    def finished(self, x: Tensor) -> Tensor:
+        """x noised to t_min and denoised in `final_steps` steps of DDIM, which leave no noise."""
+        steps, timesteps = self.attack.final_steps, self.prior.task.num_train_timesteps
+        start = timestep_at(1.0, timesteps, self.attack.annealing, self.attack.t_min)
+        if not steps:
+            return x
+        times = sorted({round(start * (steps - i) / steps) for i in range(steps)}, reverse=True)
+        a = float(self.prior.task.alphas_cumprod[times[0]])
+        at: Tensor = (a**0.5 * x + (1 - a) ** 0.5 * self.noise()).flatten(0, 1)
+        for now, then in zip(times, [*times[1:], -1], strict=True):
+            at = ddim_step(self.prior, at, now, then)
+        return at.reshape(x.shape)
