@@ -167,6 +167,8 @@ def train_prior(
     """
     if save_every < 1:
         raise FedattackError(must("save_every", "a whole number of at least 1", save_every))
+    if samples < 0:
+        raise FedattackError(must("samples", "a whole number, or 0 for none", samples))
     images, held_out = _images(settings)
     identity = _identity(settings, images)
     if done := read_provenance(str(folder)):

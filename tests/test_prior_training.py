@@ -131,6 +131,8 @@ def test_a_diverged_prior_of_before_is_refused(trained, tmp_path):
 def test_what_cannot_be_is_refused_by_name(tmp_path):
     with pytest.raises(FedattackError, match="save_every must be"):
         train_prior(SMALL, tmp_path / "p", save_every=0)
+    with pytest.raises(FedattackError, match="samples must be"):
+        train_prior(SMALL, tmp_path / "p", samples=-1)
     with pytest.raises(FedattackError, match="image_size"):
         replace(SMALL, options={"image_size": 16})
     assert not (tmp_path / "p").exists()
