@@ -16,9 +16,11 @@ import torch
 
 from fedattack.errors import FedattackError
 from fedattack.report import TITLES, build_report, read_lines, summary
+from fedattack.report.bounds import bound_series, ranking
 from fedattack.report.charts import Series, line_chart
 from fedattack.report.gallery import gallery
 from fedattack.report.summary import classify, defense_label, headlines, markdown_table, summarise, write_table
+from fedattack.report.trajectories import ways
 
 HOSTILE = '<script>alert("x")</script>'
 
@@ -453,6 +455,134 @@ def test_charts_stay_inside_their_box(values: list[float], log: bool) -> None:
     for x, y in re.findall(r"(-?[\d.]+|nan|inf),(-?[\d.]+|nan|inf)", " ".join(re.findall(r'points="([^"]*)"', svg))):
         assert 0 <= float(x) <= 440
         assert 0 <= float(y) <= 250
+
+
+def test_a_logarithmic_axis_of_x_and_styles() -> None:
+    """σ = 1e-4, 1e-3, 1e-2 are evenly spaced; dots have no line, a plain line has no dots; σ = 0 has no place."""
+    values = ((0.0, 1.0), (1e-4, 1.0), (1e-3, 2.0), (1e-2, 3.0))
+    made = {
+        style: line_chart([Series("s", values, 1, style)], title="t", x_label="x", y_label="y", log_x=True)
+        for style in ("dots", "plain", "dashed")
+    }
+    xs = [float(x) for x in re.findall(r'cx="([\d.]+)"', made["dots"])]
+    assert len(xs) == 3
+    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.2)
+    assert "<polyline" not in made["dots"]
+    assert "<circle" not in made["plain"] + made["dashed"]
+    assert 'class="s1 dashed"' in made["dashed"]
+    assert ">1e−3<" in made["dots"]
+
+
+# ------------------------------------------------------------------------------------------------ bounds, ways, controls
+def bounded(case: str, psnr: float, scale: float, rv: float, *, sigma: float = 0.1, **fields: Any) -> dict[str, Any]:
+    """A row of one attack under noise σ; `scale` is the floor's error per σ, the update's rms is 2."""
+    floor = {
+        "rms_per_sigma": scale,
+        "hidden": 0,
+        "noise_std": sigma,
+        "update_rms": 2.0,
+        "rv": rv,
+        "relative_rv": rv / 2,
+    }
+    return row("dlg", [psnr], case=case, defense=f"gaussian-noise(sigma={sigma})", **{"floor": floor} | fields)
+
+
+def test_bounds_against_sigma() -> None:
+    """In closed form: (b) is −20·log10(σ·scale), (a) −20·log10(σ/RV), means in dB over two updates; dots at their σ."""
+    rows = [
+        bounded("MLP", 13.0, 2.0, 10.0, client="client-0"),
+        bounded("MLP", 15.0, 0.5, 40.0, client="client-1"),
+        bounded("MLP", 20.0, 2.0, 10.0, sigma=0.01, client="client-0", federation="other"),
+        bounded("MLP", 30.0, 0.5, 40.0, sigma=0.01, client="client-1", federation="other"),
+    ]
+    optimal, fitted, dots = bound_series(rows)
+    for sigma, psnr in optimal.points:
+        assert psnr == pytest.approx(-20 * math.log10(sigma))
+    for sigma, psnr in fitted.points:
+        assert psnr == pytest.approx(-20 * math.log10(sigma / 20.0))
+    assert [sigma for sigma, _ in optimal.points] == pytest.approx([0.01 / 3, 0.3])
+    assert [(pytest.approx(sigma), psnr) for sigma, psnr in dots.points] == [(0.01, 25.0), (0.1, 14.0)]
+    rows[0]["floor"] = {**rows[0]["floor"], "hidden": 3}
+    assert bound_series(rows)[0].points[0][1] == pytest.approx(-20 * math.log10(0.01 / 3 * 2 ** (-1 / 3)))
+    assert bound_series([bounded("MLP", 13.0, 2.0, 10.0, sigma=0.0)]) == []
+
+
+def test_states_are_ranked_before_and_after_the_attack(tmp_path: Path) -> None:
+    """(b) has the order of what was measured, RV the opposite one; a state with a hidden direction comes last."""
+    rows = [bounded(f"model {i}", 30.0 - i, 10.0**i, 10.0**i, round=1) for i in range(3)]
+    last = bounded("model 3", 5.0, 1e-3, 1e9, round=4)
+    rows += [last | {"floor": {**last["floor"], "hidden": 2}}, base("mean-image", [50.0], case="model 0")]
+    found = ranking(rows)
+    assert found is not None
+    assert [line.case for line in found.lines] == [f"model {i}" for i in range(4)]
+    assert [line.about for line in found.lines] == ["untrained"] * 3 + ["after 3 rounds"]
+    figures = [[figure.value for figure in line.figures] for line in found.lines]
+    assert figures[1] == [10.0, 5.0, pytest.approx(0.0), 29.0]
+    assert found.lines[3].figures[2].shown == "−∞"
+    assert [figure.rank for figure in found.lines[3].figures] == [1, 1, 4, 4]
+    assert found.correlations == (
+        "RV ρ = −1.00 (p = 0.083)",  # 2 of 24 orders
+        "RV of an update of rms 1 ρ = −1.00 (p = 0.083)",
+        "bound (b) ρ = 1.00 (p = 0.083)",
+    )
+    assert ranking(rows[:3]).correlations == ()  # type: ignore[union-attr]
+    assert ranking(rows[:1]) is None
+    words = words_of(page_of(run_folder(tmp_path, rows)))
+    assert "bound (b) ρ = 1.00 (p = 0.083)" in words
+    assert page_of(run_folder(tmp_path, rows)).count('aria-label="Bounds of model') == 4
+
+
+def test_quality_that_rises_and_falls_is_shown(tmp_path: Path) -> None:
+    """The mean over images and jobs; the end is what the attack reached, the best step what it could not know."""
+    png(tmp_path / "images/a.png", 0)
+    way = {"steps": [0, 5, 10], "image": 1, "images": ["images/a.png"] * 3}
+    jobs = [
+        row("gg-cdm", [9.0, 9.0], losses=[3.0, 2.0, 1.0], steps=10, trajectory=way | {"psnr_db": psnr}, client=client)
+        for client, psnr in (
+            ("a", [[5.0, 7.0], [20.0, 22.0], [9.0, 9.0]]),
+            ("b", [[6.0, 6.0], [10.0, 8.0], [9.0, 9.0]]),
+        )
+    ]
+    ((case, (found,)),) = ways(jobs)
+    assert (case, found.title, len(found.charts)) == ("dlg on LeNet", "gg-cdm", 2)
+    (peak,) = found.lines
+    assert (peak.jobs, peak.step, peak.steps, peak.best, peak.end) == (2, 5, 10, 15.0, 9.0)
+    page = page_of(run_folder(tmp_path, jobs))
+    check(page)
+    assert "5 of 10 15.0 9.0 6.0" in words_of(page)
+    assert page.count("image 2 on its way, by step") == 2
+    assert "5: 20.0 dB" in page
+    broken = [{"steps": [1], "psnr_db": 3}, {"steps": ["x"], "psnr_db": [None]}, {"steps": [0], "psnr_db": [[None]]}, 7]
+    assert ways([jobs[0] | {"trajectory": way} for way in broken]) == []
+    check(page_of(run_folder(tmp_path, [jobs[0] | {"trajectory": way} for way in broken])))
+
+
+def test_controls_are_told_from_what_they_control(tmp_path: Path) -> None:
+    """A yardstick is not called like the attack; one that does not apply is a note, where it was asked for a failure."""
+    spec = "gg-cdm(guidance='dps')"
+    given = {"attack_spec": spec, "control_of": [spec]}
+    peer = {"control": "peer", "control_of": [spec]}
+    idle = {"status": "not-applicable", "error": "no dense layer"}
+    rows = [
+        row("gg-cdm", [20.0], attack_spec=spec, controls_left_out={"unrelated-update": "one client"}),
+        row("gg-cdm, unrelated-update", [11.0], kind="baseline", control="unrelated-update", **given),
+        row("inverting-gradients", [15.0], **peer),
+        row("linear-leak", None, **peer | idle),
+    ]
+    names = {cell.attack: (cell.baseline_kind, cell.control_of) for cell in summarise(rows)}
+    assert names == {
+        spec: (False, ()),
+        "inverting-gradients": (False, (spec,)),
+        f"{spec}, unrelated-update": (True, (spec,)),
+    }
+    words = words_of(page_of(run_folder(tmp_path, rows)))
+    assert "Every attack gave a result." in words
+    assert "unrelated-update one client" in words
+    assert "linear-leak no dense layer" in words
+    assert "inverting-gradients control of gg-cdm" in words
+    assert "linear-leak" not in markdown_table(rows)
+    asked = words_of(page_of(run_folder(tmp_path, [*rows[:3], row("linear-leak", None, **idle)])))
+    assert "Every attack gave a result." not in asked
 
 
 def test_a_chart_without_points_is_nothing() -> None:

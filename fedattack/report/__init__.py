@@ -16,12 +16,14 @@ from typing import Any
 from fedattack.config import FINAL
 from fedattack.errors import FedattackError, must
 from fedattack.report import summary
-from fedattack.report.charts import Series, legend, line_chart
+from fedattack.report.bounds import bound_charts, ranking
+from fedattack.report.charts import Chart, Series, legend, line_chart
 from fedattack.report.gallery import IMAGES, PICTURES, TARGETS, gallery
 from fedattack.report.montage import write_montage
 from fedattack.report.samples import sample_grids
 from fedattack.report.summary import Cell, Row, markdown_table, summarise, write_table
 from fedattack.report.template import SCRIPT, STYLE, TEMPLATE
+from fedattack.report.trajectories import loss_points, ways
 
 __all__ = ["build_report", "markdown_table", "read_lines", "summarise", "write_montage", "write_table"]
 
@@ -35,6 +37,8 @@ TITLES = {
     "headline": "What leaked",
     "gallery": "Pictures",
     "numbers": "Attack by attack",
+    "bounds": "Bounds before any attack",
+    "way": "Along the way",
     "losses": "Loss curves",
     "knowledge": "What the attacker knew",
     "failures": "What failed or did not apply",
@@ -60,6 +64,7 @@ def build_report(run: Path, *, targets: int = TARGETS, images: int = IMAGES) -> 
         read_lines(run / f"{name}.jsonl", unreadable) for name in ("rows", "history", "incidents")
     )
     about = _read_json(run / "about.json", unreadable)
+    left_out, rows = _controls_left_out(rows), [dict(row) for row in summary.without_idle_controls(rows)]
     cells = summarise(rows)
     failures = _failures(rows)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -92,6 +97,10 @@ def build_report(run: Path, *, targets: int = TARGETS, images: int = IMAGES) -> 
         caps={"targets": targets, "images": images, "pictures": PICTURES},
         groups=gallery(rows, run, targets=targets, images=images),
         tables=_tables(cells, rows),
+        controls=left_out,
+        bounds=bound_charts(rows),
+        ranking=ranking(rows),
+        ways=ways(rows),
         loss_charts=_loss_charts(rows),
         knowledge=_knowledge(rows),
         priors=_priors(rows),
@@ -243,15 +252,7 @@ def _fact(name: str, values: list[Any]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ charts
-@dataclass(frozen=True, slots=True)
-class _Chart:
-    title: str
-    note: str
-    svg: str
-    legend: str
-
-
-def _loss_charts(rows: Sequence[Row]) -> list[tuple[str, list[_Chart]]]:
+def _loss_charts(rows: Sequence[Row]) -> list[tuple[str, list[Chart]]]:
     split = summary.variants(rows)
     grouped: dict[str, dict[tuple[str, str], dict[str, list[Row]]]] = {}
     for row in rows:
@@ -268,7 +269,7 @@ def _loss_charts(rows: Sequence[Row]) -> list[tuple[str, list[_Chart]]]:
             total = sum(len(members) for members in by_defense.values())
             series = [
                 Series(
-                    f"{', '.join(part for part in summary.target_of(row) if part)}", _loss_points(row), colours[defense]
+                    f"{', '.join(part for part in summary.target_of(row) if part)}", loss_points(row), colours[defense]
                 )
                 for defense, members in by_defense.items()
                 for row in members[:CURVES]
@@ -282,18 +283,10 @@ def _loss_charts(rows: Sequence[Row]) -> list[tuple[str, list[_Chart]]]:
                     else summary.count(total, "job")
                 )
                 names = [(summary.defense_label(defense), colours[defense]) for defense in by_defense]
-                charts.append(_Chart(title, note, svg, legend(names)))
+                charts.append(Chart(title, note, svg, legend(names)))
         if charts:
             found.append((case, charts))
     return found
-
-
-def _loss_points(row: Row) -> tuple[tuple[float, float], ...]:
-    """(step, loss): the recorded losses are evenly spread over the steps."""
-    losses = row["losses"]
-    last = summary.number(row.get("steps")) or len(losses) - 1
-    values = [(last * i / (len(losses) - 1), summary.number(loss)) for i, loss in enumerate(losses)]
-    return tuple((step, loss) for step, loss in values if loss is not None)
 
 
 def _colours(defenses: Iterable[str]) -> dict[str, int]:
@@ -333,7 +326,7 @@ def _training(history: Sequence[Row], rows: Sequence[Row]) -> list[dict[str, Any
     return blocks
 
 
-def _training_charts(case: str, federations: Mapping[tuple[str, str], list[Row]]) -> list[_Chart]:
+def _training_charts(case: str, federations: Mapping[tuple[str, str], list[Row]]) -> list[Chart]:
     several = len({defense for _, defense in federations}) < len(federations)
     labels = {key: key[0] if several or not key[1] else summary.defense_label(key[1]) for key in federations}
     charts = []
@@ -349,7 +342,7 @@ def _training_charts(case: str, federations: Mapping[tuple[str, str], list[Row]]
         series = [one for one in series if one.points]
         svg = line_chart(series, title=f"{title} by round, {case}", x_label="round", y_label=title)
         if svg:
-            charts.append(_Chart(title, "", svg, legend([(one.name or "–", one.colour) for one in series])))
+            charts.append(Chart(title, "", svg, legend([(one.name or "–", one.colour) for one in series])))
     return charts
 
 
@@ -406,6 +399,19 @@ def _knowledge(rows: Iterable[Row]) -> list[dict[str, Any]]:
             jobs[key] = jobs.get(key, 0) + 1
     names = ("case", "attack", "threat_model", "known", "oracles")
     return [dict(zip(names, key, strict=True)) | {"jobs": count} for key, count in jobs.items()]
+
+
+def _controls_left_out(rows: Iterable[Row]) -> list[dict[str, str]]:
+    """Controls that an attack with a prior stands without, once for each case."""
+    found: dict[tuple[str, str, str, str], None] = {}
+    for row in rows:
+        left_out = row.get("controls_left_out")
+        for control, reason in left_out.items() if isinstance(left_out, Mapping) else ():
+            found[summary.case_of(row), summary.attack_of(row), str(control), str(reason)] = None
+        if summary.is_idle_control(row):
+            for attack in summary.names(row, "control_of"):
+                found[summary.case_of(row), attack, summary.attack_of(row), summary.text(row, "error")] = None
+    return [dict(zip(("case", "attack", "control", "reason"), key, strict=True)) for key in found]
 
 
 def _failures(rows: Iterable[Row]) -> list[dict[str, Any]]:

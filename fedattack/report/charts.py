@@ -15,18 +15,38 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 40
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Points (x, y) in data units; `colour` counts through the palette, series of one colour belong together."""
+    """Points (x, y) in data units; `colour` counts through the palette, series of one colour belong together.
+
+    style: "line", which has dots too where they are few, "dots" alone, "plain" or "dashed" lines without dots.
+    """
 
     name: str
     points: tuple[tuple[float, float], ...]
     colour: int
+    style: str = "line"
 
 
-def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: str, log: bool = False) -> Markup:
-    """One chart with axes; an empty string where no point can be drawn. On a log axis values ≤ 0 are left out."""
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A drawn chart with what stands around it."""
+
+    title: str
+    note: str
+    svg: str
+    legend: str
+
+
+def line_chart(
+    series: Sequence[Series], *, title: str, x_label: str, y_label: str, log: bool = False, log_x: bool = False
+) -> Markup:
+    """One chart with axes; an empty string where no point can be drawn. On a log axis (`log`: of y) values ≤ 0 are left out."""
     drawn = []
     for one in series:
-        points = [(x, y) for x, y in one.points if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log)]
+        points = [
+            (math.log10(x) if log_x else x, y)
+            for x, y in one.points
+            if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log) and (x > 0 or not log_x)
+        ]
         if points:
             drawn.append((one, points))
     if not drawn:
@@ -57,7 +77,7 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: s
             Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, WIDTH - RIGHT, y, y)
         )
         parts.append(Markup('<text x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(LEFT - 6, y + 4, label))
-    for value, label in _ticks(x_low, x_high):
+    for value, label in _log_ticks(x_low, x_high) if log_x else _ticks(x_low, x_high):
         parts.append(
             Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(at_x(value), HEIGHT - 22, label)
         )
@@ -75,15 +95,20 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: s
     for one, points in drawn:
         line = " ".join(f"{at_x(x):.1f},{at_y(math.log10(y) if log else y):.1f}" for x, y in points)
         colour = f"s{one.colour % COLOURS}"
-        if len(points) > 1:
+        if len(points) > 1 and one.style != "dots":
+            colour += " dashed" if one.style == "dashed" else ""
             parts.append(
                 Markup('<polyline class="{}" points="{}"><title>{}</title></polyline>').format(colour, line, one.name)
             )
-        if len(points) <= 12:
+        if one.style == "dots" or (one.style == "line" and len(points) <= 12):
             for x, y in points:
                 parts.append(
-                    Markup('<circle class="{}" r="2.5" cx="{:.1f}" cy="{:.1f}"><title>{}</title></circle>').format(
-                        colour, at_x(x), at_y(math.log10(y) if log else y), f"{one.name}: {y:.4g}"
+                    Markup('<circle class="{}" r="{}" cx="{:.1f}" cy="{:.1f}"><title>{}</title></circle>').format(
+                        colour,
+                        3.5 if one.style == "dots" else 2.5,
+                        at_x(x),
+                        at_y(math.log10(y) if log else y),
+                        f"{one.name}: {y:.4g}",
                     )
                 )
     parts.append(Markup("</svg>"))

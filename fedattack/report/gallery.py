@@ -47,6 +47,9 @@ BASELINE_NOTES = {
     BATCH_MEAN: "the truth's own mean: a bound for one image, no baseline",
 }
 
+FILM_PIXELS = 80
+"""The same for the pictures of an attack's way."""
+
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
@@ -84,6 +87,7 @@ class Target:
     truth: tuple[Frame, ...]
     strips: tuple[Strip, ...]
     hidden: int
+    films: tuple[Strip, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +116,9 @@ def gallery(rows: Sequence[Row], run: Path, *, targets: int = TARGETS, images: i
                 if len(shown) == targets or budget <= 0:
                     break
                 made = _target(target, members, run, images, split.get(case, ()))
+                strips = (*made.strips, *made.films)
                 budget -= sum(
-                    bool(frame.source) for frame in (*made.truth, *(f for strip in made.strips for f in strip.frames))
+                    bool(frame.source) for frame in (*made.truth, *(f for strip in strips for f in strip.frames))
                 )
                 shown.append(made)
             groups.append(Group(case, defense, tuple(shown), len(everything) - len(shown)))
@@ -137,7 +142,8 @@ def _target(
         for i, path in enumerate(truth[:shown])
     ]
     strips = [_strip(row, run, shown, width, height, split) for row in ordered]
-    return Target(title, shown, height, tuple(private), tuple(strips), max(0, total - shown))
+    films = tuple(film for row in ordered if not is_baseline(row) and (film := _film(row, run)))
+    return Target(title, shown, height, tuple(private), tuple(strips), max(0, total - shown), films)
 
 
 def _order(row: Row) -> tuple[bool, int, str]:
@@ -151,7 +157,8 @@ def _strip(row: Row, run: Path, shown: int, width: int, height: int, split: tupl
     parameters = spec.removeprefix(label).strip("()")
     note = ", ".join(part for part in (parameters, variant_of(row, split)) if part)
     if kind == "baseline":
-        note = BASELINE_NOTES.get(label, "baseline")
+        note = f"baseline {_parameters_of_control(row)}".strip()
+        note = BASELINE_NOTES.get(label, note)
     paths, psnr = _paths(row, "reconstruction"), per_image(row, "psnr_db")
     if not is_ok(row) or not paths:
         status = text(row, "status", "ok")
@@ -179,6 +186,27 @@ def _one_for_all(row: Row, run: Path, path: str | None, spec: str, width: int, h
         f"{spec}, one image for all {len(psnr)}, mean PSNR {plain_number(mean)} dB, nearest {plain_number(nearest)} dB"
     )
     return _frame(run, path, alt, width, height, caption)
+
+
+def _parameters_of_control(row: Row) -> str:
+    return text(row, "attack_spec").partition("(")[2].removesuffix(")") if text(row, "control") else ""
+
+
+def _film(row: Row, run: Path) -> Strip | None:
+    """The way of one image of an attack that kept it, step by step."""
+    way = row.get("trajectory")
+    if not isinstance(way, Mapping) or not isinstance(paths := way.get("images"), list):
+        return None
+    steps, psnr = (value if isinstance(value := way.get(name), list) else [] for name in ("steps", "psnr_db"))
+    frames = []
+    for i, path in enumerate(paths):
+        first = psnr[i][0] if i < len(psnr) and isinstance(psnr[i], list) and psnr[i] else None
+        value = float(first) if isinstance(first, int | float) else None
+        caption = f"{steps[i] if i < len(steps) else '?'}: {plain_number(value)} dB"
+        frames.append(png_frame(run, str(path), f"{attack_of(row)}, step {caption}", caption, FILM_PIXELS))
+    place = way.get("image")
+    note = f"{f'image {place + 1}' if isinstance(place, int) else 'one image'} on its way, by step"
+    return Strip(attack_of(row), note, "attack", tuple(frames))
 
 
 def _paths(row: Row, which: str) -> list[str | None]:

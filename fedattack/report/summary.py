@@ -95,7 +95,18 @@ def is_ok(row: Row) -> bool:
 
 
 def attack_of(row: Row) -> str:
-    return text(row, "attack_spec") or text(row, "attack", "unnamed attack")
+    """Name and parameters; a control that is a yardstick says so, since its parameters may be those of the attack itself."""
+    name = text(row, "attack_spec") or text(row, "attack", "unnamed attack")
+    return f"{name}, {text(row, 'control')}" if is_baseline(row) and text(row, "control") else name
+
+
+def without_idle_controls(rows: Iterable[Row]) -> list[Row]:
+    """Rows without those attacks that were only added as controls of others, and do not apply: nobody asked for them."""
+    return [row for row in rows if not is_idle_control(row)]
+
+
+def is_idle_control(row: Row) -> bool:
+    return text(row, "control") == "peer" and text(row, "status") == "not-applicable"
 
 
 def case_of(row: Row) -> str:
@@ -252,6 +263,7 @@ class Cell:
     seconds_per_step: float | None
     oracles: tuple[str, ...]
     floor: CellFloor | None = None
+    control_of: tuple[str, ...] = ()
 
     @property
     def jobs(self) -> int:
@@ -310,6 +322,7 @@ def summarise(rows: Sequence[Row]) -> list[Cell]:
     Order: cases as they appear; "none" first, then defenses as they appear; attacks from the highest mean PSNR down,
     those without a number next, baselines last.
     """
+    rows = without_idle_controls(rows)
     split = variants(rows)
     groups: dict[tuple[str, str, str, str, bool], list[Row]] = {}
     for row in rows:
@@ -419,6 +432,7 @@ def _cell(key: tuple[str, str, str, str, bool], group: list[Row], baseline: str 
         seconds_per_step=sum(t for t, _ in timed) / sum(n for _, n in timed) if timed else None,
         oracles=tuple(sorted({name for row in group for name in names(row, "oracles")})),
         floor=None if base else cell_floor(group),
+        control_of=tuple(dict.fromkeys(name for row in group for name in names(row, "control_of"))),
     )
 
 

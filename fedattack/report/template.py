@@ -63,13 +63,13 @@ table.strip tr > th:first-child { position: sticky; left: 0; background: var(--c
 .strip .frame { display: flex; align-items: center; justify-content: center; border: 1px dashed var(--soft); font-size: .7rem;
   color: var(--soft); padding: 4px; }
 .strip td.whole .frame { width: 130px; padding: 8px; font-size: .76rem; text-align: left; overflow-wrap: anywhere; white-space: pre-wrap; }
-.grids { display: flex; flex-wrap: wrap; gap: 14px; }
+.film { display: flex; gap: 8px; } .grids { display: flex; flex-wrap: wrap; gap: 14px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 14px; }
 .charts figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px 12px; }
 .charts figcaption { font-weight: 600; font-size: .88rem; } .charts figcaption small { font-weight: 400; display: block; }
 svg.chart { width: 100%; height: auto; display: block; } svg.chart text { font-size: 11px; fill: var(--soft); }
 svg.chart .grid { stroke: var(--line); stroke-width: 1; } svg.chart polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
-polyline.s0 { stroke: var(--c0); } polyline.s1 { stroke: var(--c1); } polyline.s2 { stroke: var(--c2); }
+polyline.dashed { stroke-dasharray: 6 4; } polyline.s0 { stroke: var(--c0); } polyline.s1 { stroke: var(--c1); } polyline.s2 { stroke: var(--c2); }
 polyline.s3 { stroke: var(--c3); } polyline.s4 { stroke: var(--c4); } polyline.s5 { stroke: var(--c5); }
 polyline.s6 { stroke: var(--c6); } polyline.s7 { stroke: var(--c7); } circle.s0, .b0 { fill: var(--c0); background: var(--c0); }
 circle.s1, .b1 { fill: var(--c1); background: var(--c1); } circle.s2, .b2 { fill: var(--c2); background: var(--c2); }
@@ -137,7 +137,8 @@ TEMPLATE = """\
 </head>
 <body>
 {% macro badge(cell) %}<span class="badge v-{{ cell.verdict.split()[0] }}">{{ cell.verdict_words }}</span>{% endmacro %}
-{% macro attack_name(cell) %}{{ cell.attack }}{% if cell.variant %}<small>{{ cell.variant }}</small>{% endif %}{% endmacro %}
+{% macro attack_name(cell) %}{{ cell.attack }}{% if cell.variant %}<small>{{ cell.variant }}</small>{% endif %}\
+{% if cell.control_of and not cell.baseline_kind %}<small>control of {{ cell.control_of[0] if cell.control_of|length == 1 else cell.control_of|length|count("attack") }}</small>{% endif %}{% endmacro %}
 {% macro picture(frame) %}<figure{% if frame.exact %} class="exact"{% endif %}>\
 {% if frame.source %}<img src="{{ frame.source }}" width="{{ frame.width }}" height="{{ frame.height }}" alt="{{ frame.alt }}">\
 {% else %}<div class="frame" style="width:{{ frame.width }}px;height:{{ frame.height }}px">{{ frame.empty }}</div>{% endif %}\
@@ -239,6 +240,9 @@ picture is its PSNR. Shown are the first {{ caps.targets }} updates per case and
 </tr>
 {% endfor %}
 </tbody></table></div>
+{% for film in target.films %}
+<div class="scroll" tabindex="0" role="region" aria-label="Way of {{ film.label }}"><p class="soft">{{ film.label }}: {{ film.note }}</p><div class="film strip">{% for frame in film.frames %}{{ picture(frame) }}{% endfor %}</div></div>
+{% endfor %}
 {% if target.hidden %}<p class="soft">{{ target.hidden|count("more image") }} of this update not shown.</p>{% endif %}
 {% endfor %}
 {% if group.hidden %}<p class="soft">{{ group.hidden|count("more update") }} not shown.</p>{% endif %}
@@ -285,6 +289,66 @@ is stated. Baselines are in italics; nearest-public looks at the truth and is a 
 </tbody>
 {% endfor %}
 </table></div>
+{% endfor %}
+{% if controls %}
+<div class="scroll" tabindex="0" role="region" aria-label="Controls that were left out"><table class="numbers">
+<caption>Controls that attacks with a prior were run without: what the prior alone is worth is then less sure</caption>{{ heads(["Case", "Attack", "Control", "Reason"]) }}<tbody>
+{% for line in controls %}
+<tr><th scope="row" class="name">{{ line.case }}</th><td>{{ line.attack }}</td><td>{{ line.control }}</td><td class="why">{{ line.reason }}</td></tr>
+{% endfor %}
+</tbody></table></div>
+{% endif %}
+</section>
+
+<section id="bounds"><h2>{{ titles.bounds }}</h2>
+<p class="soft">What can be said of a model and its state before any attack. RV is the Frobenius norm of ∂update/∂image, at the attacked images. (a) Whatever fits a
+noisy update as well as it can errs by at least σ/RV; (b), Cramér-Rao, is the floor above: the PSNR left to the best unbiased attack without a prior. Both are means in dB
+over the updates, from their truths; dots are the attacks' mean PSNR, one for each defense that adds noise (without noise there is no place on the axis). A dot above (b)
+is what prior, bias or the range [0, 1] are worth. (a) is never below (b).</p>
+{% if not bounds and not ranking %}<p class="note">No update has both a floor and noise that it could be drawn against.</p>{% endif %}
+{% if bounds %}<div class="charts">
+{% for chart in bounds %}
+<figure><figcaption>{{ chart.title }}<small>{{ chart.note }}</small></figcaption>{{ chart.svg }}{{ chart.legend }}</figure>
+{% endfor %}
+</div>{% endif %}
+{% if ranking %}
+<h3>Which model leaks most</h3>
+<div class="scroll" tabindex="0" role="region" aria-label="Which model leaks most"><table class="numbers sortable">
+<thead><tr><th scope="col">Model and state</th><th scope="col" class="n">Updates</th><th scope="col" class="n">RV<small>rank</small></th><th scope="col" class="n">RV, of an update of rms 1<small>rank</small></th>
+<th scope="col" class="n">Bound (b), dB<small>rank</small></th><th scope="col" class="n">Measured, dB<small>rank</small></th><th scope="col">Best attack</th></tr></thead><tbody>
+{% for line in ranking.lines %}
+<tr><th scope="row" class="name">{{ line.case }}<small>{{ line.about }}</small></th><td class="n">{{ line.updates }}</td>
+{% for figure in line.figures %}
+<td class="n" data-v="{{ figure.value if figure.value is not none else "" }}">{{ figure.shown }}{% if figure.rank %}<small>{{ figure.rank }}</small>{% endif %}</td>
+{% endfor %}
+<td>{{ line.best }}</td></tr>
+{% endfor %}
+</tbody></table></div>
+<p class="soft">{{ ranking.note }}</p>
+{% if ranking.correlations %}<p>Spearman's rank correlation with the measured PSNR over {{ ranking.lines|length }} models and states: {{ ranking.correlations|join("; ") }}.</p>{% endif %}
+{% endif %}
+</section>
+
+<section id="way"><h2>{{ titles.way }}</h2>
+<p class="soft">Images that an attack kept of its way, compared with the truth afterwards: the mean over all images of all its jobs. Where PSNR falls while the distance to the
+update still does, the attack fits the noise. The best step is known to the auditor, never to the attack, so its PSNR is no result.</p>
+{% if not ways %}<p class="note">No attack kept images of its way.</p>{% endif %}
+{% for case, blocks in ways %}
+<h3>{{ case }}</h3>
+{% for block in blocks %}
+<h4>{{ block.title }}</h4>
+<div class="charts">
+{% for chart in block.charts %}
+<figure><figcaption>{{ chart.title }}<small>{{ chart.note }}</small></figcaption>{{ chart.svg }}{{ chart.legend }}</figure>
+{% endfor %}
+</div>
+<div class="scroll" tabindex="0" role="region" aria-label="Ways of {{ block.title }}"><table class="numbers">
+{{ heads(["Defense", "#Jobs", "#Best step", "#PSNR there, dB", "#PSNR at the end, dB", "#Lost since, dB"]) }}<tbody>
+{% for line in block.lines %}
+<tr><th scope="row" class="name">{{ line.defense|defense }}</th><td class="n">{{ line.jobs }}</td><td class="n">{{ line.step }} of {{ line.steps }}</td><td class="n">{{ line.best|db }}</td><td class="n">{{ line.end|db }}</td><td class="n">{{ (line.best - line.end)|db }}</td></tr>
+{% endfor %}
+</tbody></table></div>
+{% endfor %}
 {% endfor %}
 </section>
 

@@ -153,6 +153,40 @@ def test_every_update_has_both_controls_as_baselines(finished):
     assert max(mean[name] for name in names) < 25.0
 
 
+def test_rows_say_what_they_are_controls_of(finished):
+    """Other attacks on the same update are attacks, not yardsticks; the analytic estimate is exact where the net is dense."""
+    _, rows, page = finished
+    of = [format_spec("gg-cdm", SETTINGS)]
+    told = {(row["attack"], row["kind"], row.get("control")) for row in rows if row.get("control_of") == of}
+    assert told == {
+        ("gg-cdm, prior-alone", "baseline", "prior-alone"),
+        ("gg-cdm, unrelated-update", "baseline", "unrelated-update"),
+        ("linear-leak", "attack", "peer"),
+        ("inverting-gradients", "attack", "peer"),
+    }
+    assert min(row["psnr_db"][0] for row in rows if row["attack"] == "linear-leak") > 60.0
+    assert not any("controls_left_out" in row for row in rows)
+    assert "control of gg-cdm" in page
+
+
+def test_the_way_is_scored_and_shown(finished):
+    run, rows, page = finished
+    for row in (row for row in rows if row["attack"] == "gg-cdm"):
+        way = row["trajectory"]
+        assert way["steps"] == [0, 1, 2, 3, 4]
+        assert way["psnr_db"][-1] == row["psnr_db"]
+        assert way["ssim"][-1] == row["ssim"] if "ssim" in way else "ssim" in row["missing"]
+        found = load_reconstruction(run.results / row["job"] / "reconstruction.safetensors")
+        truth = read_tensors(run.federation(row["federation"]).truth / f"{row['client']}-round-1.safetensors")[0][
+            "images"
+        ]
+        assert found.trajectory is not None
+        for images, psnr in zip(found.trajectory, way["psnr_db"], strict=True):
+            assert psnr == pytest.approx(psnr_db(images, truth).tolist())
+        assert all((run.path / path).is_file() for path in way["images"])
+    assert "image 1 on its way, by step" in page
+
+
 def test_the_unrelated_update_is_another_clients_of_the_same_round(finished):
     """What the control shows is that other client's image, scored against the target's truth."""
     run, rows, _ = finished
@@ -200,5 +234,6 @@ def test_a_prior_kept_apart_is_reported_too(tmp_path):
     summary = run_campaign(config(tmp_path / "prior", federation=federation, attack=attack), tmp_path / "run")
     rows = [row for row in read_rows(summary.run.rows) if row["attack"] == "gg-cdm"]
     assert [row["prior_overlap"]["same"] for row in rows] == [0, 0]
+    assert [len(row["controls_left_out"]) for row in rows] == [4, 4]
     assert rows[0]["prior_data"]["images"] == len(load_dataset("patches", image_size=8).public)
     assert "0 of 2 attacked images are among its training images" in summary.report.read_text()
