@@ -229,6 +229,11 @@ class ScoreSettings(_Section):
         "long, by some random directions within its seconds",
     )
     floor_db: float = Field(20.0, description="the PSNR whose least noise is stated: from there on the floor hides it")
+    recognise: tuple[str, ...] = Field(
+        (),
+        description='what is looked for in the pictures, beside chance: "face", "attribute:COLUMN" (a label of the data set), '
+        '"identity" (who is nearest in a public gallery); about half a minute for each data set',
+    )
 
 
 class Settings(_Section):
@@ -343,6 +348,7 @@ def parse_config(raw: Mapping[str, Any], *, file: str = "config", overrides: Seq
     except ValidationError as error:
         problems += _explain(error, Experiment, _Source(file))
         experiment = Experiment()
+    problems += [f"{file}: score.recognise: {problem}" for problem in _recognise_problems(experiment.score, cells)]
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return experiment.model_copy(update={"cells": tuple(_told_apart(cells))})
@@ -476,6 +482,14 @@ def _no_other_update(federation: FederationSettings, capture: CaptureSettings) -
     if federation.secure_aggregation:
         return "federation.mods: must be without secaggplus where another client's update is needed (controls)"
     return ""
+
+
+def _recognise_problems(score: ScoreSettings, cells: Sequence[Settings]) -> list[str]:
+    if not score.recognise:
+        return []
+    from fedattack.recognising import recognise_problems
+
+    return recognise_problems(score.recognise, cells)
 
 
 def _partition_problems(data: DataSettings) -> list[str]:

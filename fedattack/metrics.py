@@ -96,6 +96,21 @@ def lpips(reconstruction: Tensor, truth: Tensor, net: str = "alex") -> Tensor:
     return torch.cat(chunks) if chunks else torch.zeros(0, dtype=torch.float64)
 
 
+def perceptual_features(images: Tensor) -> tuple[Tensor, ...]:
+    """Activations of the SqueezeNet behind LPIPS, first to seventh, (B,C_i,H_i,W_i) float32, of images (B,3,H,W).
+
+    Raises as `lpips` does.
+    """
+    if min(images.shape[-2:]) < LPIPS_MIN_SIDE["squeeze"] or images.shape[1] != 3:
+        rule = f"(B,3,H,W) with sides of at least {LPIPS_MIN_SIDE['squeeze']} pixels"
+        raise NotApplicable(must("images for SqueezeNet", rule, tuple(images.shape)))
+    model = _lpips_model("squeeze", _backbone("squeeze"))
+    scale, layers = model.get_submodule("scaling_layer"), model.get_submodule("net")
+    with torch.no_grad():
+        chunks = [layers(scale(2.0 * part.float() - 1.0)) for part in torch.split(images, LPIPS_CHUNK)]
+    return tuple(torch.cat(layer) for layer in zip(*chunks, strict=True))
+
+
 def label_accuracy(estimated: Tensor, truth: Tensor) -> float:
     """Fraction of the true labels that were found, in [0, 1], both as multisets: the order inside a batch leaves no
     trace in a gradient. One estimate counts for one true label, and where there are more estimates than true labels the

@@ -19,6 +19,7 @@ from fedattack.metrics import baselines, batch_mean, matched_images, psnr_db, sc
 from fedattack.metrics import lpips as lpips_distance
 from fedattack.planning import cell_facts, job_id, read_truth, row_facts, updates_of, why_not_planned
 from fedattack.provenance import overlap
+from fedattack.recognising import Recognitions
 from fedattack.seeding import derive_generator
 from fedattack.store import (
     FederationFolder,
@@ -43,16 +44,18 @@ MORE_UPDATES = "the floor is that of one update, and the attacker has earlier on
 def score_run(run: RunFolder, experiment: Experiment) -> list[Row]:
     """Score every finished job of the experiment and its baselines; writes rows.jsonl, history.jsonl and incidents.jsonl."""
     rows: list[Row] = []
-    floors = Floors(run, experiment)
+    floors, recognitions = Floors(run, experiment), Recognitions(run, experiment)
     for settings in experiment.cells:
-        rows += _cell_rows(run, settings, experiment.score.lpips, floors)
+        rows += _cell_rows(run, settings, experiment.score.lpips, floors, recognitions)
     write_rows(run.rows, rows)
     _gather(run, experiment, "history")
     _gather(run, experiment, "incidents")
     return rows
 
 
-def _cell_rows(run: RunFolder, settings: Settings, lpips: Sequence[str], floors: Floors) -> Iterator[Row]:
+def _cell_rows(
+    run: RunFolder, settings: Settings, lpips: Sequence[str], floors: Floors, recognitions: Recognitions
+) -> Iterator[Row]:
     folder = run.federation(settings.federation_id)
     updates = updates_of(folder)
     told = [_about_controls(settings, attack) for attack in settings.attack]
@@ -67,10 +70,11 @@ def _cell_rows(run: RunFolder, settings: Settings, lpips: Sequence[str], floors:
         for attack, about in zip(settings.attack, told, strict=True):
             row = _attack_row(run, settings, attack, update_path, truth, lpips)
             one_for_all |= row.get("represents") == "user"
-            row |= about
+            row |= about | recognitions.beside(row, settings, truth)
             yield row if floor is None else row | _floored(row, floor)
         if truth is not None and folder.public_images.exists() and settings.attack:
-            yield from _baseline_rows(run, settings, folder, update_path, truth, lpips, one_for_all)
+            for row, images in _baseline_rows(run, settings, folder, update_path, truth, lpips, one_for_all):
+                yield row | recognitions.beside(row, settings, truth, images)
 
 
 def _about_controls(settings: Settings, attack: AttackSettings) -> Row:
@@ -163,8 +167,8 @@ def _baseline_rows(
     truth: dict[str, Tensor],
     lpips: Sequence[str],
     one_for_all: bool,
-) -> Iterator[Row]:
-    """one_for_all: an attack of the cell gives one image for the batch, so the batch's own mean stands beside it."""
+) -> Iterator[tuple[Row, Tensor]]:
+    """Rows with their images. one_for_all: an attack gives one image for the batch, so its own mean stands beside it."""
     update, _ = load_update(update_path)
     count = settings.threat.public_images  # what the attacker has; the auditor's yardstick is all where it has none
     public = read_tensors(folder.public_images)[0]["images"][: count or None]
@@ -182,7 +186,8 @@ def _baseline_rows(
             if not any(metric.startswith("lpips") for metric in scored.get("missing", {})):
                 write_json(kept, finite(scored))
         facts = row_facts(settings, update) | {"knowledge": [], "oracles": []}
-        yield {**facts, "job": job, "kind": "baseline", "attack": name, "attack_spec": name, "status": "ok", **scored}
+        who = {"job": job, "kind": "baseline", "attack": name, "attack_spec": name, "status": "ok"}
+        yield {**facts, **who, **scored}, images
 
 
 def _scored(

@@ -63,6 +63,18 @@ def npz(
     return split_one(data, seed=seed, public_fraction=public_fraction, test_fraction=test_fraction, by_user=by_user)
 
 
+def columns(path: str) -> tuple[str, ...]:
+    """What `label` may name in an archive. Raises as `npz` does."""
+    with _open(path) as archive:
+        keys = set(archive.files)
+        if "jpeg" in keys:
+            names = archive["attribute_names"].tolist() if "attribute_names" in keys else []
+            return tuple(str(name) for name in names) + (("identity",) if "identity" in keys else ())
+    suffix = "_train" if "x_train" in keys else ""
+    found = {key.removesuffix(suffix) for key in keys if key.endswith(suffix)} - {"x", "class_names"}
+    return tuple(sorted(found))
+
+
 def _open(path: str) -> Any:
     file = Path(path).expanduser()
     if not file.is_file():

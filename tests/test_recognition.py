@@ -1,0 +1,431 @@
+"""What can be recognised: probes with known answers, ranks by hand, galleries without copies, labels for scoring only."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from experiments.campaign import run_campaign
+from fedattack.config import Settings, parse_config
+from fedattack.data import label_columns, load_dataset, with_label
+from fedattack.errors import ConfigError, FedattackError, MissingDependency, NotApplicable
+from fedattack.recognising import (
+    NO_TRUTH,
+    NOT_THERE,
+    SEVERAL,
+    STRANGER,
+    TIED,
+    Recognitions,
+    _by_pixels,
+    _Column,
+    _Judge,
+    _looked_up,
+    _majority,
+)
+from fedattack.recognition import Features, Probe, copies, degraded, detect_faces, parse_task
+from fedattack.scoring import score_run
+from fedattack.seeding import derive_generator
+from fedattack.store import read_rows
+
+COLOURS = ((200, 60, 60), (60, 60, 200), (60, 180, 60))
+
+
+@pytest.fixture(autouse=True)
+def _no_backbone(monkeypatch, tmp_path_factory):
+    """The features that need no file, so that every machine computes the same."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("no-torch-home")))
+
+
+def people_file(path, *, people=2, each=30, size=(8, 8), grey=False, noise=25, seed=0):
+    """Everybody has a colour (a brightness in grey); `male` is the person's parity."""
+    random = np.random.default_rng(seed)
+    who = np.repeat(np.arange(people), each)
+    base = np.array(COLOURS)[who % 3] if not grey else np.array([[40], [210], [120]])[who % 3]
+    x = base[:, None, None, :] + noise * random.standard_normal((len(who), *size, base.shape[1]))
+    x = x.clip(0, 255).astype(np.uint8)
+    np.savez(path, x=x[..., 0] if grey else x, identity=who + 100, male=who % 2)
+    return path
+
+
+def judge(path, **options):
+    return _Judge(Settings(data={"dataset": f"npz:{path}", "options": options}))
+
+
+def asked(found: _Judge, tasks, images: Tensor, truth: Tensor, one_for_all=False):
+    return found.all_of(tasks, list(images), truth, one_for_all)
+
+
+# ------------------------------------------------------------------------------------------------ what is asked
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("face", ("face", "")), ("attribute:male", ("attribute", "male")), ("identity", ("identity", "identity")),
+        ("identity:who", ("identity", "who")),
+    ],
+)  # fmt: skip
+def test_tasks_are_read(text, parsed):
+    assert parse_task(text) == parsed
+
+
+def test_all_problems_of_a_configuration_at_once_with_the_closest_name(tmp_path):
+    path = people_file(tmp_path / "people.npz")
+    raw = {
+        "data": {"dataset": f"npz:{path}"},
+        "score": {"recognise": ["fase", "attribute", "attribute:mail", "face:x", "identity", "identity"]},
+    }
+    with pytest.raises(ConfigError) as raised:
+        parse_config(raw)
+    text = str(raised.value)
+    assert "score.recognise" in text
+    assert "(did you mean 'face'?)" in text
+    assert "attribute:COLUMN, got 'attribute'" in text
+    assert "(did you mean 'male'?)" in text
+    assert "face alone, got 'face:x'" in text
+    assert "'identity' must be given once" in text
+    assert parse_config({**raw, "score": {"recognise": ["face", "attribute:male", "identity"]}}).score.recognise
+
+
+def test_a_set_without_further_labels_knows_its_classes_only():
+    assert label_columns("patches") == ("class",)
+    with pytest.raises(ConfigError, match="label of patches to recognise must be one of class, got 'identity'"):
+        parse_config({"score": {"recognise": ["identity"]}})
+    assert parse_config({"score": {"recognise": ["attribute:class"]}}).score.recognise == ("attribute:class",)
+
+
+def test_labels_of_another_column_belong_to_the_same_images(tmp_path):
+    path = people_file(tmp_path / "people.npz", people=3)
+    name = f"npz:{path}"
+    splits = load_dataset(name, label="male")
+    people = with_label(splits, "identity", name, label="male")
+    assert people.private.class_names == ("identity-100", "identity-101", "identity-102")
+    for part in ("private", "public", "test"):
+        assert torch.equal(getattr(people, part).labels % 2, getattr(splits, part).labels)
+        assert torch.equal(getattr(people, part).labels + 100, getattr(splits, part).users)
+    assert torch.equal(with_label(people, "male", name).test.labels, splits.test.labels)
+    assert with_label(splits, "class", name) is splits
+    with pytest.raises(FedattackError, match="did you mean 'identity'"):
+        with_label(splits, "identities", name)
+
+
+# ------------------------------------------------------------------------------------------------ probes
+def test_the_discriminant_of_two_gaussians_is_the_bayes_rule():
+    """Means ±(1, 0), covariance diag(1, 100): only the first coordinate counts, and the error is Φ(−1)."""
+    generator = derive_generator(0, "gaussians")
+    labels = torch.arange(4000) % 2
+    points = torch.randn((4000, 2), generator=generator, dtype=torch.float64) * torch.tensor([1.0, 10.0])
+    points[:, 0] += 2.0 * labels - 1.0
+    probe = Probe.fit(points[:2000], labels[:2000], 2)
+    error = float((probe.classify(points[2000:]) != labels[2000:]).double().mean())
+    best = 0.5 * math.erfc(1 / math.sqrt(2))
+    assert abs(error - best) < 4 * math.sqrt(best * (1 - best) / 2000) + 0.02  # shrinkage costs a little
+
+
+def test_shares_decide_where_pictures_say_nothing():
+    points = torch.zeros(10, 3, dtype=torch.float64)
+    labels = torch.tensor([1] * 7 + [0] * 3)
+    probe = Probe.fit(points, labels, 4)
+    assert probe.known.tolist() == [True, True, False, False]
+    assert probe.classify(points[:2]).tolist() == [1, 1]
+    assert probe.ranks(points[:1])[0, :2].tolist() == [1.5, 1.5]  # (people + 1) / 2
+
+
+def test_ranks_by_hand():
+    """Angles in the plane: people at 0°, 90°, 180° and one without images; equals share their places."""
+    means = torch.tensor([[2.0, 0.0], [0.0, 1.0], [-3.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    probe = Probe(torch.eye(2, dtype=torch.float64), means, torch.tensor([0.5, 0.25, 0.25, 0.0]))
+    points = torch.tensor([[1.0, 0.1], [-0.5, 0.6], [0.0, 5.0], [0.0, 0.0]], dtype=torch.float64)
+    ranks = probe.ranks(points)
+    assert ranks[:, :3].tolist() == [[1, 2, 3], [3, 1, 2], [2.5, 1, 2.5], [2, 2, 2]]
+    assert bool(ranks[:, 3].isnan().all())
+
+
+def test_two_people_of_distinct_colours_are_told_apart_and_noise_is_chance(tmp_path):
+    found = judge(people_file(tmp_path / "people.npz", each=40))
+    private = found._splits.private
+    truth = private.images()
+    tasks = ("identity", "attribute:male")
+    right = asked(found, tasks, truth, truth)["recognised"]
+    for task in tasks:
+        assert set(right[task]["hit"]) == {True}
+        assert right[task]["clean"] == right[task]["noisy"] == 1.0
+        assert right[task]["left_out"] == {}
+    assert right["identity"]["rank"] == [1.0] * len(truth)
+    assert (right["identity"]["people"], right["identity"]["chance"], right["identity"]["chance_rank"]) == (2, 0.5, 1.5)
+    shares = torch.bincount(private.labels).double() / len(private)
+    assert right["attribute:male"]["chance"] == pytest.approx(float(shares.max()))
+    noise = torch.rand(truth.shape, generator=derive_generator(0, "noise"))
+    wrong = asked(found, tasks, noise, truth)["recognised"]
+    for task in tasks:
+        hits, expected = sum(wrong[task]["hit"]), sum(wrong[task]["expected"])
+        deviation = math.sqrt(len(truth) * 0.25)
+        assert abs(hits - expected) < 4 * deviation, (task, hits, expected)
+        assert abs(expected / len(truth) - 0.5) < 0.15
+    assert sum(wrong["identity"]["expected_rank"]) / len(truth) == pytest.approx(1.5, abs=0.15)
+
+
+def test_one_picture_for_everybody_scores_its_own_expectation(tmp_path):
+    """A prior's sample is always of someone: `expected` averages to what it scores over the private part, exactly."""
+    found = judge(people_file(tmp_path / "people.npz", people=3))
+    truth = found._splits.private.images()
+    same = found._splits.test.images([0]).expand(truth.shape)
+    facts = asked(found, ("identity", "attribute:male"), same, truth)["recognised"]
+    for values in facts.values():
+        assert sum(values["hit"]) == pytest.approx(sum(values["expected"]))
+    assert sum(facts["identity"]["rank"]) == pytest.approx(sum(facts["identity"]["expected_rank"]))
+    commonest = facts["attribute:male"]["commonest"]
+    assert sum(commonest) / len(commonest) == pytest.approx(facts["attribute:male"]["chance"])
+
+
+def test_grey_pictures_and_odd_sizes(tmp_path):
+    found = judge(people_file(tmp_path / "grey.npz", size=(7, 5), grey=True))
+    assert found._splits.image_shape == (1, 7, 5)
+    truth = found._splits.private.images()
+    facts = asked(found, ("face", "identity"), truth, truth)
+    assert set(facts["recognised"]["identity"]["hit"]) == {True}
+    assert facts["missing"] == {"face": "image sides for faces must be at least 16 pixels, got '7x5'"}
+
+
+def test_everything_is_the_same_twice(tmp_path):
+    path = people_file(tmp_path / "people.npz", noise=60)
+    state = torch.random.get_rng_state()
+    truth = judge(path)._splits.private.images()
+    noise = torch.rand(truth.shape, generator=derive_generator(0, "noise"))
+    first, second = (asked(judge(path), ("identity", "attribute:male"), noise, truth) for _ in range(2))
+    assert first == second
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_degraded_copies_keep_range_and_mean():
+    image = torch.rand((2, 3, 20, 12), generator=derive_generator(0, "x"))
+    noisy, blurred = degraded(image, generator=derive_generator(0, "y"))
+    for copy in (noisy, blurred):
+        assert copy.shape == image.shape
+        assert 0 <= float(copy.min()) <= float(copy.max()) <= 1
+    flat = torch.full((1, 1, 9, 9), 0.3)
+    torch.testing.assert_close(degraded(flat, generator=derive_generator(0, "y"))[1], flat)
+    assert float(blurred.std()) < 0.5 * float(image.std())
+
+
+def test_components_keep_all_distances_between_the_images_they_were_made_of():
+    images = torch.rand((6, 3, 9, 9), generator=derive_generator(0, "x"))
+    space = Features.fit(images, "pixels")
+    points = space(images)
+    assert points.shape == (6, 5)
+    from fedattack.recognition import _joined, raw_features
+
+    raw = _joined(raw_features(images, "pixels"), space.scales)
+    torch.testing.assert_close(torch.cdist(points, points), torch.cdist(raw, raw))
+
+
+# ------------------------------------------------------------------------------------------------ galleries
+def test_copies_are_found_after_recompression_and_others_are_not():
+    import io
+
+    from PIL import Image
+
+    pixels = load_dataset("patches", image_size=32).public.pixels[:20]
+    again = []
+    for image in pixels[:4]:
+        buffer = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=85)
+        again.append(torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1))
+    assert copies(torch.cat([torch.stack(again), pixels[4:12]]), pixels[:4]).tolist() == [True] * 4 + [False] * 8
+    assert copies(pixels, pixels[:0]).tolist() == [False] * 20
+
+
+def test_an_attacked_image_is_taken_out_of_the_gallery(tmp_path):
+    """The public part holds a copy of a private image under another name: it must not be what is found."""
+    path = people_file(tmp_path / "people.npz")
+    clean = judge(path)
+    archive = dict(np.load(path))
+    splits = clean._splits
+
+    def row(part, index):
+        wanted = part.pixels[index].permute(1, 2, 0).numpy()
+        return next(i for i, x in enumerate(archive["x"]) if np.array_equal(x, wanted))
+
+    archive["x"][row(splits.public, 0)] = archive["x"][row(splits.private, 0)]
+    np.savez(tmp_path / "planted.npz", **archive)
+    # the split goes by the file's name and length
+    (tmp_path / "other").mkdir()
+    (tmp_path / "planted.npz").rename(tmp_path / "other" / "people.npz")
+    planted = judge(tmp_path / "other" / "people.npz")
+    assert torch.equal(planted._splits.private.pixels, splits.private.pixels)
+    assert clean._gallery[1] == 0
+    assert planted._gallery[1] == 1
+    assert planted._gallery[0].tolist() == clean._gallery[0].tolist()[1:]
+    gallery = planted._splits.public.pixels[planted._gallery[0]]
+    assert not bool((gallery.unsqueeze(0) == splits.private.pixels.unsqueeze(1)).flatten(2).all(2).any())
+    truth = splits.private.images([0])
+    assert asked(planted, ("identity",), truth, truth)["recognised"]["identity"]["copies_left_out"] == 1
+
+
+# ------------------------------------------------------------------------------------------------ who is on a true image
+def test_people_without_public_images_are_left_out_and_counted(tmp_path):
+    path = people_file(tmp_path / "people.npz")
+    archive = dict(np.load(path))
+    x = np.concatenate([archive["x"], archive["x"][:1] // 2 + 90])  # a third person with one image
+    index = len(x) - 1
+    seed = next(seed for seed in range(50) if bool((_split_of(x, tmp_path, archive, seed).private.users == 102).any()))
+    splits = _split_of(x, tmp_path, archive, seed)
+    place = int((splits.private.users == 102).nonzero()[0])
+    assert np.array_equal(splits.private.pixels[place].permute(1, 2, 0).numpy(), x[index])
+    found = judge(tmp_path / "three.npz", seed=seed)
+    truth = splits.private.images([place, 0])
+    values = asked(found, ("identity",), truth, truth)["recognised"]["identity"]
+    assert values["hit"] == [None, True]
+    assert values["people"] == 2
+    assert values["left_out"] == {STRANGER: 1}
+
+
+def _split_of(x, folder, archive, seed):
+    identity = np.concatenate([archive["identity"], [102]])
+    np.savez(folder / "three.npz", x=x, identity=identity, male=np.concatenate([archive["male"], [0]]))
+    return load_dataset(f"npz:{folder / 'three.npz'}", seed=seed)
+
+
+def test_where_no_person_is_in_two_parts_identity_says_so(tmp_path):
+    found = judge(people_file(tmp_path / "people.npz", people=6, each=6), by_user=True)
+    truth = found._splits.private.images()
+    facts = asked(found, ("identity", "attribute:male"), truth, truth)
+    assert facts["missing"] == {"identity": "nobody of the private part is in the public part, by identity"}
+    assert set(facts["recognised"]) == {"attribute:male"}
+
+
+def test_a_true_image_is_looked_up_by_its_pixels(tmp_path):
+    data = load_dataset(f"npz:{people_file(tmp_path / 'people.npz')}", label="identity").private
+    about = _Column(data.class_names, None, None, _by_pixels(data), {})
+    for dtype in (torch.float32, torch.float64):
+        assert [_looked_up(about, image) for image in data.images(dtype=dtype)] == data.labels.tolist()
+    assert _looked_up(about, data.images([0])[0] * 0.999) == NOT_THERE
+    assert _looked_up(about, 1 - data.images([0])[0]) == NOT_THERE
+    twice = data.subset([0, 0, 1])
+    twice.labels[1] = 1 - twice.labels[0]
+    about = _Column(data.class_names, None, None, _by_pixels(twice), {})
+    assert _looked_up(about, data.images([0])[0]) == SEVERAL
+    assert _looked_up(about, data.images([1])[0]) == int(data.labels[1])
+
+
+def test_one_image_for_a_batch_stands_for_its_commonest_label(tmp_path):
+    assert _majority([3, 1, 3, NOT_THERE]) == 3
+    assert _majority([3, 1, 1, 3]) == TIED
+    assert _majority([NOT_THERE]) == NOT_THERE
+    found = judge(people_file(tmp_path / "people.npz"))
+    private = found._splits.private
+    zero, one = ((private.labels == label).nonzero().flatten() for label in (0, 1))
+    truth = private.images([*zero[:2], one[0]])
+    for index, hit in ((zero[5], True), (one[5], False)):
+        values = asked(found, ("identity",), private.images([int(index)]), truth, one_for_all=True)
+        assert values["recognised"]["identity"]["hit"] == [hit]
+    tied = private.images([int(zero[0]), int(one[0])])
+    values = asked(found, ("identity",), private.images([0]), tied, one_for_all=True)["recognised"]["identity"]
+    assert (values["hit"], values["left_out"]) == ([None], {TIED: 1})
+
+
+# ------------------------------------------------------------------------------------------------ faces
+def test_a_photograph_of_a_face_is_found_and_noise_is_not():
+    import skimage.data
+
+    astronaut = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1).float() / 255
+    face = torch.nn.functional.interpolate(astronaut[None, :, 20:220, 120:320], size=(48, 48), mode="area")
+    noise = torch.rand((3, 3, 48, 48), generator=derive_generator(0, "noise"))
+    flat = torch.full((1, 3, 48, 48), 0.5)
+    assert detect_faces(torch.cat([face, noise, flat])).tolist() == [True, False, False, False, False]
+    small = torch.nn.functional.interpolate(face, size=(24, 20), mode="area")
+    assert detect_faces(small).tolist() == [True]
+    assert detect_faces(face.mean(1, keepdim=True)).tolist() == [True]
+    assert detect_faces(face[:0]).tolist() == []
+    with pytest.raises(NotApplicable, match="at least 16 pixels, got '7x5'"):
+        detect_faces(torch.zeros(1, 3, 7, 5))
+
+
+def test_without_its_file_faces_are_missing_with_the_reason(tmp_path, monkeypatch):
+    import skimage.data
+
+    monkeypatch.setattr(skimage.data, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(MissingDependency, match="lbpcascade"):
+        detect_faces(torch.zeros(1, 3, 32, 32))
+    found = judge(people_file(tmp_path / "people.npz", size=(16, 16)))
+    truth = found._splits.private.images([0])
+    facts = asked(found, ("face", "identity"), truth, truth)
+    assert "lbpcascade" in facts["missing"]["face"]
+    assert facts["recognised"]["identity"]["hit"] == [True]
+
+
+def test_yardsticks_of_faces_stand_beside(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedattack.recognising.MOST_FACES", 30)
+    found = judge(people_file(tmp_path / "people.npz", size=(20, 16), each=10, noise=3))
+    truth = found._splits.private.images([0, 1])
+    values = found.all_of(("face",), [truth[0], None], truth, False)["recognised"]["face"]
+    assert values["hit"] == [False, None]
+    assert values["chance"] == max(values["noise"], values["non_faces"]) < 0.1
+    assert (values["clean"], values["clean_images"]) == (0.0, len(found._splits.test))  # coloured squares are no faces
+
+
+# ------------------------------------------------------------------------------------------------ a run
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recognised")
+    wanted = {
+        "data": {"dataset": f"npz:{people_file(folder / 'people.npz')}", "options": {"label": "male"}},
+        "model": {"name": "mlp", "options": {"hidden": [16]}},
+        "federation": {"clients": 2, "rounds": 1},
+        "score": {"lpips": [], "floor": "off", "recognise": ["face", "attribute:male", "identity"]},
+        "attack": ["linear-leak", {"name": "linear-leak", "control": "unrelated-update"}],
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(folder))
+        experiment = parse_config(wanted)
+        return run_campaign(experiment, folder / "run").run, experiment
+
+
+def test_rows_say_what_is_recognised_beside_chance_and_clean_images(campaign):
+    run, _ = campaign
+    rows = list(read_rows(run.rows))
+    attack = [row for row in rows if row["kind"] == "attack"]
+    assert len(attack) == 2
+    for row in attack:
+        assert row["recognised"]["identity"]["hit"] == [True]
+        assert row["recognised"]["attribute:male"]["hit"] == [True]
+        assert row["recognised"]["identity"]["clean"] == 1.0
+        assert row["missing"]["recognise face"].startswith("image sides for faces must be")
+    assert {row["attack"] for row in rows if "identity" in row.get("recognised", {})} >= {
+        "linear-leak", "mean-image", "nearest-public", "noise", "linear-leak, unrelated-update",
+    }  # fmt: skip
+
+
+def test_kept_values_are_used_again_and_only_for_the_same_pictures(campaign, monkeypatch):
+    run, experiment = campaign
+    before = list(read_rows(run.rows))
+    monkeypatch.setattr(_Judge, "all_of", lambda *_: pytest.fail("computed again"))
+    score_run(run, experiment)
+    assert list(read_rows(run.rows)) == before
+    settings, row = experiment.cells[0], next(row for row in before if row["kind"] == "attack")
+    truth = {"images": torch.zeros(1, 3, 8, 8)}
+    with pytest.raises(pytest.fail.Exception, match="computed again"):
+        Recognitions(run, experiment).beside(row, settings, truth)
+
+
+def test_without_truth_everything_is_missing_and_nothing_asked_is_nothing(campaign):
+    run, experiment = campaign
+    row = next(row for row in read_rows(run.rows) if row["kind"] == "attack")
+    found = Recognitions(run, experiment).beside(row, experiment.cells[0], None)
+    assert found["recognised"] == {}
+    assert found["missing"]["recognise identity"] == NO_TRUTH
+    silent = experiment.model_copy(update={"score": experiment.score.model_copy(update={"recognise": ()})})
+    assert (
+        Recognitions(run, silent).beside(row, experiment.cells[0], truth := {"images": torch.zeros(1, 3, 8, 8)}) == {}
+    )
+    failed = {**row, "status": "failed"}
+    assert Recognitions(run, experiment).beside(failed, experiment.cells[0], truth) == {}
+
+
+def test_nothing_of_it_reaches_a_job(campaign):
+    run, _ = campaign
+    jobs = list(run.jobs.glob("*.json"))
+    assert len(jobs) == 4
+    for path in jobs:
+        text = path.read_text().replace(str(run.path.parent), "")
+        assert not any(word in text for word in ("identity", "recognise", "male"))
