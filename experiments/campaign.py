@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.engines import ENGINES
-from fedattack.config import Experiment, load_config
+from fedattack.config import AttackSettings, Experiment, load_config
 from fedattack.finishing import begin_run, finish_run
 from fedattack.jobs import load_outcome, outcome_path
 from fedattack.planning import jobs_of
@@ -61,9 +61,13 @@ def describe(experiment: Experiment) -> Sequence[str]:
     return [
         f"{cells[0].title}: {cells[0].federation.clients} clients × {cells[0].federation.rounds} rounds of "
         f"{cells[0].federation.protocol} on {cells[0].data.dataset}, defense {cells[0].federation.defense}; "
-        f"attacks: {', '.join(sorted({attack.spec for cell in cells for attack in cell.attack})) or 'none'}"
+        f"attacks: {', '.join(sorted({_spec(attack) for cell in cells for attack in cell.attack})) or 'none'}"
         for cells in groups_of(experiment)
     ]
+
+
+def _spec(attack: AttackSettings) -> str:
+    return f"{attack.spec} ({attack.control})" if attack.control else attack.spec
 
 
 def forget_failures(run: RunFolder, experiment: Experiment) -> None:
