@@ -25,6 +25,8 @@ from fedattack.recognising import (
     _majority,
 )
 from fedattack.recognition import Features, Probe, copies, degraded, detect_faces, parse_task
+from fedattack.report import build_report
+from fedattack.report.recognised import recognised_tables
 from fedattack.scoring import score_run
 from fedattack.seeding import derive_generator
 from fedattack.store import read_rows
@@ -429,3 +431,56 @@ def test_nothing_of_it_reaches_a_job(campaign):
     for path in jobs:
         text = path.read_text().replace(str(run.path.parent), "")
         assert not any(word in text for word in ("identity", "recognise", "male"))
+
+
+# ------------------------------------------------------------------------------------------------ the report
+def told(attack, kind="attack", client="client-0", **recognised):
+    return {"case": "c", "defense": "none", "attack": attack, "kind": kind, "client": client, "federation": "f", "round": 1,
+            "status": "ok", "psnr_db": [10.0], "recognised": recognised}  # fmt: skip
+
+
+def test_the_table_counts_images_and_sets_chance_beside():
+    person = {"clean": 0.6, "noisy": 0.5, "chance": 0.01, "clean_rank": 1.0, "chance_rank": 50.5, "people": 100}
+    rows = [
+        told(
+            "dlg",
+            face={"hit": [True, None, False], "clean": 0.98, "chance": 0.005},
+            **{"attribute:male": {"hit": [True, True], "expected": [0.8, 0.6], "commonest": [True, False], "chance": 0.8}},
+            identity={
+                **person, "hit": [True, False, None], "rank": [1.0, 9.0, None], "expected": [0.02, 0.01], "top5": [True, False],
+                "expected_rank": [40.0, 50.0], "left_out": {STRANGER: 1}, "features": "pixels", "public_images": 7,
+            },
+        ),
+        told("dlg", client="client-1", identity={**person, "hit": [True], "rank": [3.0], "expected_rank": [60.0]}),
+        told("mean-image", "baseline", face={"hit": [True], "chance": 0.005}),
+        {"case": "c", "attack": "broken", "recognised": "x", "status": "ok"},
+    ]  # fmt: skip
+    (table,) = recognised_tables(rows)
+    assert [head for head, _ in table.heads] == ["Face", "male", "Person", "Person", "Person"]
+    ((defense, (dlg, mean)),) = table.blocks
+    assert (defense, dlg.cell.attack, mean.cell.attack) == ("none", "dlg", "mean-image")
+    assert [entry.shown for entry in dlg.entries] == [
+        "50 % (1 of 2)",
+        "100 % (2 of 2)",
+        "67 % (2 of 3)",
+        "50 % (1 of 2)",
+        "3",
+    ]
+    assert dlg.entries[1].note == "chance 70 %; commonest 50 %"
+    assert dlg.entries[2].note == "chance 1.5 %"
+    assert dlg.entries[4].note == "chance 50"
+    assert [entry.shown for entry in mean.entries] == ["100 % (1 of 1)", "–", "–", "–", "–"]
+    yardsticks = dict(table.yardsticks)
+    assert yardsticks["chance"] == ("0.5 %", "80 %", "1.0 %", "–", "50.5")
+    assert yardsticks["clean images of the test part"] == ("98 %", "–", "60 %", "–", "1")
+    assert f"identity: 1 true image left out: {STRANGER}." in table.notes
+    assert recognised_tables([{"case": "c", "attack": "dlg"}]) == []
+
+
+def test_the_page_has_the_table(campaign):
+    run, _ = campaign
+    page = build_report(run.path).read_text()
+    assert "What can be recognised" in page
+    assert "nearest of 2 people" in page
+    assert "100 % (2 of 2)" in page
+    assert "clean images of the test part" in page

@@ -20,6 +20,7 @@ from fedattack.report.bounds import bound_charts, ranking
 from fedattack.report.charts import Chart, Series, legend, line_chart
 from fedattack.report.gallery import IMAGES, PICTURES, TARGETS, gallery
 from fedattack.report.montage import write_montage
+from fedattack.report.recognised import recognised_tables
 from fedattack.report.samples import sample_grids
 from fedattack.report.summary import Cell, Row, markdown_table, summarise, write_table
 from fedattack.report.template import SCRIPT, STYLE, TEMPLATE
@@ -37,6 +38,7 @@ TITLES = {
     "headline": "What leaked",
     "gallery": "Pictures",
     "numbers": "Attack by attack",
+    "recognised": "What can be recognised",
     "bounds": "Bounds before any attack",
     "way": "Along the way",
     "losses": "Loss curves",
@@ -97,6 +99,7 @@ def build_report(run: Path, *, targets: int = TARGETS, images: int = IMAGES) -> 
         caps={"targets": targets, "images": images, "pictures": PICTURES},
         groups=gallery(rows, run, targets=targets, images=images),
         tables=_tables(cells, rows),
+        recognised=recognised_tables(rows),
         controls=left_out,
         bounds=bound_charts(rows),
         ranking=ranking(rows),

@@ -300,6 +300,36 @@ is stated. Baselines are in italics; nearest-public looks at the truth and is a 
 {% endif %}
 </section>
 
+<section id="recognised"><h2>{{ titles.recognised }}</h2>
+{% if recognised %}
+<p class="soft">A picture can be far from the truth pixel by pixel and still show who it is; and a prior that draws faces draws one whatever the update says. So every share stands
+beside chance: what <em>the same picture</em> would score if a person drawn at random were the truth (“commonest” is what always naming the commonest class would score on
+these images), beside controls and baselines, and beside what the same probe makes of clean images that it was not trained on: where it fails there, its silence means nothing. Faces are found
+by scikit-image's cascade (chance: patches of photographs, noise); classes and people by linear discriminants trained on public images only; people stand in a public gallery that
+holds none of the images under attack.</p>
+{% else %}<p class="note">Nothing was looked for (score.recognise, for example ["face", "attribute:male", "identity"]).</p>{% endif %}
+{% for table in recognised %}
+<div class="scroll" tabindex="0" role="region" aria-label="What can be recognised, {{ table.case }}"><table class="numbers sortable"><caption>{{ table.case }}</caption>
+<thead><tr><th scope="col">Attack</th>{% for title, note in table.heads %}<th scope="col" class="n">{{ title }}<small>{{ note }}</small></th>{% endfor %}</tr></thead>
+{% for defense, lines in table.blocks %}
+<tbody><tr class="defense"><th scope="rowgroup" colspan="{{ 1 + table.heads|length }}">{{ defense|defense }}</th></tr>
+{% for line in lines %}
+<tr{% if line.cell.baseline_kind %} class="base"{% endif %}><th scope="row" class="name">{{ attack_name(line.cell) }}</th>
+{% for entry in line.entries %}<td class="n" data-v="{{ '' if entry.value is none else entry.value }}">{{ entry.shown }}{% if entry.note %}<small>{{ entry.note }}</small>{% endif %}</td>{% endfor %}
+
+</tr>
+{% endfor %}
+</tbody>
+{% endfor %}
+<tbody><tr class="defense"><th scope="rowgroup" colspan="{{ 1 + table.heads|length }}">yardsticks</th></tr>
+{% for name, figures in table.yardsticks %}
+<tr class="base"><th scope="row" class="name">{{ name }}</th>{% for figure in figures %}<td class="n">{{ figure }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+{% if table.notes %}<p class="soft">{{ table.notes|join(" ") }}</p>{% endif %}
+{% endfor %}
+</section>
+
 <section id="bounds"><h2>{{ titles.bounds }}</h2>
 <p class="soft">What can be said of a model and its state before any attack. RV is the Frobenius norm of ∂update/∂image, at the attacked images. (a) Whatever fits a
 noisy update as well as it can errs by at least σ/RV; (b), Cramér-Rao, is the floor above: the PSNR left to the best unbiased attack without a prior. Both are means in dB
