@@ -5,11 +5,11 @@ FL@FM workshop of NeurIPS 2023, arXiv 2409.07291: Eq. 13 (the prior's loss) and 
 t_min, a sliding asymmetric Hamming window over the layers, the matching gradient clipped by the prior's, final denoising).
 Differs from it: no code was published, and its words give no formula but Eq. 13, which is that of Graikos et al., NeurIPS 2022
 (arXiv 2206.09012) for a point mass. So all of these are ours: the window's form, the scale of the matching loss (that of a
-zero update is 1, under the same window), linear annealing, optimiser, rates, κ and t_min; annealing = "cosine", "adamax",
-`memory` and kappa = 0.1 are those of Graikos et al.'s own code. The image's label, of which nothing is said, is the most
-frequent one of the batch, or the shares of all classes: a batch of copies of one image, labelled in these shares, has exactly
-the gradient that the match then simulates. Final denoising starts from the image noised to t_min. Several chains run together
-and the one whose image matches the update best, all layers counting, is kept.
+zero update is 1, under the same window), linear annealing, Adam and its falling rate, κ and t_min; annealing = "cosine",
+"adamax", `memory` and kappa = 0.1 are those of Graikos et al.'s own code. The image's label, of which nothing is said, is the
+most frequent one of the batch, or the shares of all classes: a batch of copies of one image, labelled in these shares, has
+exactly the gradient that the match then simulates. Final denoising starts from the image noised to t_min. Several chains run
+together and the one whose image matches the update best, all layers counting, is kept.
 guidance = "posterior" is our own: gg-cdm's posterior mean for one image with that label. That a batch's gradient is no image's
 gradient is noise to it, whose level it reads off the residuals; so a known defense is not looked at.
 """
@@ -43,6 +43,9 @@ ANNEALINGS: dict[str, Callable[[float], float]] = {
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamax": torch.optim.Adamax}
 WINDOWS = ("hamming", "none")
 
+STARTS = {"noise": 1.0, "grey": 0.2}
+"""How the image may start; the number is its standard deviation around grey, where −1 is black and 1 is white."""
+
 COUNTED = 1000
 """Images that an update is taken for where their number is hidden: class shares come in thousandths."""
 
@@ -54,10 +57,11 @@ class UserLevel:
     label: of the image, "majority" or "distribution" (the shares of all classes), from known or inferred labels. distance: of
     each layer, "cosine", "relative-l2" or "l2". window: "hamming", reaching `width` of the layers below its centre, which
     goes from the deepest to the shallowest layer; "none" has all layers count all the time. kappa: most norm of the matching
-    gradient in units of the prior's, smoothed by `memory` (share of the past, 0 none). weight: of the matching loss, which
-    clipping makes a limit only where it is small. draws: of (t, ε) for a step; jitter: timesteps, t is moved at random by up
-    to as many. jacobian: the prior's gradient goes through its network, or that is left out (score distillation). annealing:
-    of t, down to the share t_min of T − 1. final_steps: of DDIM from there, 0 for none. restarts: chains in one batch.
+    gradient in units of the prior's, smoothed by `memory` (share of the past, 0 none). weight: of the matching loss; clipping
+    limits what it does. start: "noise", N(0, 1), or "grey". learning_rate: falls linearly to zero. draws: of (t, ε) for a
+    step; jitter: timesteps, t is moved at random by up to as many. jacobian: the prior's gradient goes through its network, or
+    that is left out (score distillation). annealing: of t, down to the share t_min of T − 1. final_steps: of DDIM from
+    there, 0 for none. restarts: chains in one batch.
 
     guidance: "matching", the paper's; "none", the prior's loss alone, whose first chain is the result; "posterior", gg-cdm's
     chain of `steps` sampling steps, the mean of `restarts` chains, with none of the options named above but `label`.
@@ -72,12 +76,13 @@ class UserLevel:
     distance: str = "cosine"
     window: str = "hamming"
     width: float = 1 / 3
-    kappa: float = 1.0
+    kappa: float = 10.0
     memory: float = 0.0
-    weight: float = 1000.0
+    weight: float = 10_000.0
+    start: str = "noise"
     steps: int = 4000
     optimizer: str = "adam"
-    learning_rate: float = 0.1
+    learning_rate: float = 0.2
     annealing: str = "linear"
     t_min: float = 0.05
     jitter: int = 0
@@ -93,6 +98,7 @@ class UserLevel:
             ("label", LABELS, self.label),
             ("distance", DISTANCES, self.distance),
             ("window", WINDOWS, self.window),
+            ("start", STARTS, self.start),
             ("optimizer", OPTIMIZERS, self.optimizer),
             ("annealing", ANNEALINGS, self.annealing),
         )
@@ -117,17 +123,8 @@ class UserLevel:
         """None for guidance "none", which is one."""
         if self.guidance == "none":
             return ()
-        shared = (
-            "steps",
-            "optimizer",
-            "learning_rate",
-            "annealing",
-            "t_min",
-            "jitter",
-            "draws",
-            "jacobian",
-            "final_steps",
-        )
+        schedule = ("start", "steps", "optimizer", "learning_rate", "annealing", "t_min", "jitter", "draws")
+        shared = (*schedule, "jacobian", "final_steps")
         evaluations = self.steps * self.restarts
         return usual_controls(self, shared=shared, alone={"guidance": "none"}, evaluations=evaluations)
 
@@ -225,7 +222,7 @@ def layers_of(observed: State) -> list[list[str]]:
 
 # ------------------------------------------------------------------------------------------------ the search
 class Search:
-    """R images (R,1,C,H,W) in one batch, in the prior's range of about [−1, 1], from N(0, 1) to the result."""
+    """R images (R,1,C,H,W) in one batch, in the prior's range of about [−1, 1], from their start to the result."""
 
     def __init__(
         self, attack: UserLevel, problem: Problem, prior: Prior, generator: torch.Generator, progress: Progress
@@ -245,7 +242,7 @@ class Search:
 
     def run(self) -> Match:
         attack = self.attack
-        x = self.noise().requires_grad_()
+        x = (STARTS[attack.start] * self.noise()).requires_grad_()
         optimizer = OPTIMIZERS[attack.optimizer]([x], lr=attack.learning_rate)  # type: ignore[call-arg]
         history, smoothed, first = [], None, 0
         shown: list[Tensor] = []
@@ -258,6 +255,7 @@ class Search:
             limited = clipped(pulled, attack.kappa * smoothed)
             self.clipped += float((limited != pulled).flatten(1).any(1).double().mean()) / attack.steps
             x.grad = led_by if attack.guidance == "none" else led_by + limited
+            optimizer.param_groups[0]["lr"] = attack.learning_rate * (1.0 - step / attack.steps)
             optimizer.step()
             history.append(losses)
             if step in self.due:
