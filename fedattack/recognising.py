@@ -21,6 +21,7 @@ Rows carry, under "recognised", for every task the values of each image in the t
     left_out        true images that nothing could be said about, by reason: among others, people without public images
 
 One image that stands for a batch is compared with the batch's commonest label; where two are equally common it is left out.
+Such labels are less mixed than those of single images, so `commonest` is then a stricter yardstick than `expected`.
 """
 
 import hashlib

@@ -321,6 +321,8 @@ def test_one_image_for_a_batch_stands_for_its_commonest_label(tmp_path):
     for index, hit in ((zero[5], True), (one[5], False)):
         values = asked(found, ("identity",), private.images([int(index)]), truth, one_for_all=True)
         assert values["recognised"]["identity"]["hit"] == [hit]
+    gap = found.all_of(("identity",), [None, truth[2]], truth[[0, 2]], False)["recognised"]["identity"]
+    assert gap["hit"] == [None, True]
     tied = private.images([int(zero[0]), int(one[0])])
     values = asked(found, ("identity",), private.images([0]), tied, one_for_all=True)["recognised"]["identity"]
     assert (values["hit"], values["left_out"]) == ([None], {TIED: 1})
@@ -422,6 +424,18 @@ def test_without_truth_everything_is_missing_and_nothing_asked_is_nothing(campai
     )
     failed = {**row, "status": "failed"}
     assert Recognitions(run, experiment).beside(failed, experiment.cells[0], truth) == {}
+
+
+def test_a_row_of_one_image_for_a_user_has_one_value(campaign):
+    run, experiment = campaign
+    private = judge(run.path.parent / "people.npz")._splits.private
+    batch = private.images((private.labels == 1).nonzero().flatten()[:3])
+    row = {"status": "ok", "job": "one-for-all", "represents": "user", "assignment": [0, 0, 0]}
+    found = Recognitions(run, experiment).beside(
+        row, experiment.cells[0], {"images": batch}, batch.mean(0, keepdim=True)
+    )
+    assert found["recognised"]["identity"]["hit"] == [True]
+    assert found["recognised"]["attribute:male"]["seen"] == ["male-1"]
 
 
 def test_nothing_of_it_reaches_a_job(campaign):
