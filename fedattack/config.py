@@ -617,7 +617,9 @@ def _with_controls(tables: Sequence[Any], raw: Options) -> list[Any]:
     added: dict[str, Options] = {}
     of: dict[str, list[str]] = {}
     for table in tables:
-        asked = table.get("controls") if isinstance(table, dict) and not table.get("control") else False
+        asked: bool | None = False
+        if isinstance(table, dict) and not table.get("control"):  # a resolved file says what is no control, too
+            asked = table.get("controls", False if "control" in table else None)
         controls = _controls_of(table, _task_name(raw)) if asked is not False else []
         written.append(table | {"controls": False} if controls else table)
         for control in controls:

@@ -94,6 +94,12 @@ def test_controls_are_the_default_and_equal_ones_run_once(prior, tmp_path):
     assert load_config(tmp_path / "c.toml").cells == (cell,)
 
 
+def test_a_run_that_was_resolved_without_controls_gets_none_afterwards(prior):
+    """Its folder says control = "": a report of it must not list jobs that were never planned."""
+    (cell,) = config(prior, attack=[{"name": "gg-cdm", "control": "", **SETTINGS}]).cells
+    assert [attack.control for attack in cell.attack] == [""]
+
+
 def test_jobs_without_controls_keep_their_names(prior):
     """What is attacked how decides, not what stands beside it: nothing is attacked twice because of a control."""
     path = Path("client-0-round-1.safetensors")
