@@ -306,7 +306,7 @@ is stated. Baselines are in italics; nearest-public looks at the truth and is a 
 beside chance: what <em>the same picture</em> would score if a person drawn at random were the truth (“commonest” is what always naming the commonest class would score on
 these images), beside controls and baselines, and beside what the same probe makes of clean images that it was not trained on: where it fails there, its silence means nothing. Faces are found
 by scikit-image's cascade (chance: patches of photographs, noise); classes and people by linear discriminants trained on public images only; people stand in a public gallery that
-holds none of the images under attack.</p>
+holds none of the images under attack. Counts are of images: those of one client may show one person, so they are not independent.</p>
 {% else %}<p class="note">Nothing was looked for (score.recognise, for example ["face", "attribute:male", "identity"]).</p>{% endif %}
 {% for table in recognised %}
 <div class="scroll" tabindex="0" role="region" aria-label="What can be recognised, {{ table.case }}"><table class="numbers sortable"><caption>{{ table.case }}</caption>
