@@ -6,10 +6,12 @@ t_min, a sliding asymmetric Hamming window over the layers, the matching gradien
 Differs from it: no code was published, and its words give no formula but Eq. 13, which is that of Graikos et al., NeurIPS 2022
 (arXiv 2206.09012) for a point mass. So all of these are ours: the window's form, the scale of the matching loss (that of a
 zero update is 1, under the same window), linear annealing, Adam and its falling rate, κ and t_min; annealing = "cosine",
-"adamax", `memory` and kappa = 0.1 are those of Graikos et al.'s own code. The image's label, of which nothing is said, is the
-most frequent one of the batch, or the shares of all classes: a batch of copies of one image, labelled in these shares, has
-exactly the gradient that the match then simulates. Final denoising starts from the image noised to t_min. Several chains run
-together and the one whose image matches the update best, all layers counting, is kept.
+"adamax", `memory` and kappa = 0.1 are those of Graikos et al.'s own code. The image's label, of which nothing is said, is by
+default that of iDLG's rule: the one class for which a single image's last layer can have this gradient, which for a batch is
+the class that the model expects too rarely. Others are the most frequent class, and the shares of all: a batch of copies of one
+image, labelled in these shares, has exactly the gradient that the match then simulates; but where labels are hidden a
+trained model's are counted wrongly, and the match then has the wrong sign. Final denoising starts from the image noised to
+t_min. Several chains run together and the one whose image matches the update best, all layers counting, is kept.
 guidance = "posterior" is our own: gg-cdm's posterior mean for one image with that label. That a batch's gradient is no image's
 gradient is noise to it, whose level it reads off the residuals; so a known defense is not looked at.
 """
@@ -33,7 +35,7 @@ from fedattack.tasks import Task
 from fedattack.types import Control, Knowledge, Progress, Reconstruction, State, Update, silent
 
 GUIDANCES = ("matching", "posterior", "none")
-LABELS = ("majority", "distribution")
+LABELS = ("idlg", "majority", "distribution")
 ANNEALINGS: dict[str, Callable[[float], float]] = {
     "linear": lambda u: 1.0 - u,
     "cosine": lambda u: (1.0 - u) * (2.0 + math.cos(20.0 * u)) / 3.0,
@@ -54,14 +56,14 @@ COUNTED = 1000
 class UserLevel:
     """Classifiers: one image that stands for a user's whole batch, however large, by a diffusion prior.
 
-    label: of the image, "majority" or "distribution" (the shares of all classes), from known or inferred labels. distance: of
-    each layer, "cosine", "relative-l2" or "l2". window: "hamming", reaching `width` of the layers below its centre, which
-    goes from the deepest to the shallowest layer; "none" has all layers count all the time. kappa: most norm of the matching
-    gradient in units of the prior's, smoothed by `memory` (share of the past, 0 none). weight: of the matching loss; clipping
-    limits what it does. start: "noise", N(0, 1), or "grey". learning_rate: falls linearly to zero. draws: of (t, ε) for a
-    step; jitter: timesteps, t is moved at random by up to as many. jacobian: the prior's gradient goes through its network, or
-    that is left out (score distillation). annealing: of t, down to the share t_min of T − 1. final_steps: of DDIM from
-    there, 0 for none. restarts: chains in one batch.
+    label: of the image, "idlg", or "majority" or "distribution" (the shares of all classes) from known or inferred labels.
+    distance: of each layer, "cosine", "relative-l2" or "l2". window: "hamming", reaching `width` of the layers below its
+    centre, which goes from the deepest to the shallowest layer; "none" has all layers count all the time. kappa: most norm of
+    the matching gradient in units of the prior's, smoothed by `memory` (share of the past, 0 none). weight: of the matching
+    loss; clipping limits what it does. start: "noise", N(0, 1), or "grey". learning_rate: falls linearly to zero. draws: of
+    (t, ε) for a step; jitter: timesteps, t is moved at random by up to as many. jacobian: the prior's gradient goes through
+    its network, or that is left out (score distillation). annealing: of t, down to the share t_min of T − 1. final_steps: of
+    DDIM from there, 0 for none. restarts: chains in one batch.
 
     guidance: "matching", the paper's; "none", the prior's loss alone, whose first chain is the result; "posterior", gg-cdm's
     chain of `steps` sampling steps, the mean of `restarts` chains, with none of the options named above but `label`.
@@ -72,7 +74,7 @@ class UserLevel:
     tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
 
     guidance: str = "matching"
-    label: str = "majority"
+    label: str = "idlg"
     distance: str = "cosine"
     window: str = "hamming"
     width: float = 1 / 3
@@ -167,20 +169,17 @@ class UserLevel:
 def class_shares(
     update: Update, model: nn.Module, knowledge: Knowledge, label: str, generator: torch.Generator
 ) -> Tensor:
-    """(1,K) float64 shares of the classes in the batch, of known labels or else of those inferred from the update.
+    """(1,K) float64 shares of the classes in the batch; for label = "idlg" all of it is the class of the one image.
 
-    Where a batch's labels cannot be counted, the one class that label = "majority" needs can often still be read off.
+    Raises NotApplicable where labels are hidden and the update does not tell them.
     """
     assert knowledge.num_classes is not None
     labels = knowledge.labels
-    if labels is None:
-        try:
-            counted = replace(knowledge, batch_size=knowledge.batch_size or COUNTED)
-            labels = infer_labels(update, model, counted, generator=generator)
-        except NotApplicable:
-            if label != "majority":
-                raise
-            labels = infer_labels(update, model, replace(knowledge, batch_size=1), generator=generator)
+    if label == "idlg":
+        labels = infer_labels(update, model, replace(knowledge, batch_size=1), generator=generator)
+    elif labels is None:
+        counted = replace(knowledge, batch_size=knowledge.batch_size or COUNTED)
+        labels = infer_labels(update, model, counted, generator=generator)
     if labels.ndim == 2:
         return labels.double().mean(0, keepdim=True)
     return torch.nn.functional.one_hot(labels, knowledge.num_classes).double().mean(0, keepdim=True)

@@ -10,13 +10,14 @@ at most), of people of one gender ("gender"), or of anybody ("random"). Every at
 psnr is the mean over all images of the batch (peak 1); its bound is what the batch's own mean has ("batch-mean").
 "to mean": PSNR to that mean, which one image can reach. "best of B" picks the nearest true image with the truth in hand.
 rank: share of the other batches whose mean is nearer to the result than that of the attacked one, 0.5 by chance.
-Controls: the prior alone; the same attack led by another batch's gradient; the mean public face; up to --joint images,
-joint inversion of the whole batch, whose mean over the found images stands under "to mean". Seconds are CPU time.
+Controls: the prior alone; the same attack led by another batch's gradient; the mean public face; one image without a prior,
+found by --joint-attack; up to --joint images, joint inversion of the whole batch and the mean of what it finds. Seconds are
+CPU time.
 """
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from time import process_time
@@ -37,17 +38,27 @@ from fedattack.types import Knowledge, Reconstruction, Update
 
 LFW = Path(__file__).resolve().parents[2] / "shared/data/lfw64.npz"
 SIMILARITIES = ("person", "gender", "random")
-ATTACK = "user-level(label='distribution')"
+RANKED = 20
+"""Batches among which a result's own is looked for, where they are not one person's each."""
+
+ATTACK = "user-level"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One user's images, their labels, and the gradient the user sends."""
+    """One user's images and their labels."""
 
     images: Tensor
     labels: Tensor
-    update: Update
     name: str
+
+    def update(self, model: nn.Module) -> Update:
+        """The gradient that the user sends."""
+        sent = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        private = {"images": self.images, "labels": self.labels}
+        received = simulate(model, sent, Classification(), [private], kind="gradient")
+        gradient = {name: tensor.detach() for name, tensor in received.items()}
+        return Update(1, self.name, sent, gradient, "gradient", len(self.images))
 
 
 def groups(data: ImageData, count: int, similarity: str, users: int, seed: int) -> Iterator[tuple[str, Tensor]]:
@@ -78,15 +89,9 @@ def trained(model: nn.Module, data: ImageData, steps: int, generator: torch.Gene
         optimizer.step()
 
 
-def batches(model: nn.Module, data: ImageData, count: int, similarity: str, users: int, seed: int) -> list[Batch]:
-    sent = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    found = []
-    for name, rows in groups(data, count, similarity, users, seed):
-        private = {"images": data.images(rows), "labels": data.labels[rows]}
-        received = simulate(model, sent, Classification(), [private], kind="gradient")
-        update = Update(1, name, sent, {n: t.detach() for n, t in received.items()}, "gradient", len(rows))
-        found.append(Batch(private["images"], private["labels"], update, name))
-    return found
+def batches(data: ImageData, count: int, similarity: str, users: int, seed: int) -> list[Batch]:
+    found = groups(data, count, similarity, users, seed)
+    return [Batch(data.images(rows), data.labels[rows], name) for name, rows in found]
 
 
 def told(found: Reconstruction, number: int, all_batches: Sequence[Batch], lpips: Sequence[str]) -> dict[str, Any]:
@@ -106,20 +111,29 @@ def told(found: Reconstruction, number: int, all_batches: Sequence[Batch], lpips
 
 
 def run(
-    spec: str, by: Batch, model: nn.Module, num_classes: int, public: Tensor, prior: str, seed: int
+    spec: str,
+    by: Batch,
+    model: nn.Module,
+    num_classes: int,
+    public: Tensor,
+    prior: str,
+    seed: int,
+    size: int | None = None,
 ) -> tuple[Reconstruction, float]:
-    """One attack on one batch's update; its CPU seconds. Labels are hidden."""
+    """One attack on one batch's update; its CPU seconds. Labels are hidden. size: 1 tells it that there is one image."""
     name, parameters = parse_spec(spec)
     attack = ATTACKS.create(name, **parameters)
     shape = (by.images.shape[1], by.images.shape[2], by.images.shape[3])
+    count = size or len(by.images)
     knowledge = Knowledge(
-        image_shape=shape, batch_size=len(by.images), num_classes=num_classes, prior=prior, public_images=public
+        image_shape=shape, batch_size=count, num_classes=num_classes, prior=prior, public_images=public
     )
+    update, task = by.update(model), Classification()
     begun = process_time()
     generator = derive_generator(seed, "attack", name)
-    return attack.reconstruct(
-        by.update, model, Classification(), knowledge, generator=generator
-    ), process_time() - begun
+    found = attack.reconstruct(update, model, task, knowledge, generator=generator)
+    seconds = process_time() - begun
+    return (replace(found, represents="user") if size == 1 else found), seconds
 
 
 def prior_alone(spec: str) -> str:
@@ -135,11 +149,12 @@ def table(chosen: argparse.Namespace, splits: Splits, count: int, similarity: st
     data: ImageData = getattr(splits, chosen.split)
     name, options = parse_spec(chosen.model)
     public = splits.public.images()
-    for seed in range(chosen.seeds):
+    for seed in chosen.seeds:
         model = build_model(name, image_shape=data.image_shape, num_classes=data.num_classes, seed=seed + 1, **options)
         trained(model, splits.public, chosen.train, derive_generator(seed, "training"))
         model.eval()
-        everyone = batches(model, data, count, similarity, chosen.users if similarity != "person" else len(data), seed)
+        others = len(data) if similarity == "person" else RANKED
+        everyone = batches(data, count, similarity, max(chosen.users, others), seed)
         facts = {"batch": count, "similarity": similarity, "seed": seed, "model": chosen.model, "train": chosen.train}
         for number, target in enumerate(everyone[: chosen.users]):
             other = everyone[(number + 1) % len(everyone)]
@@ -150,30 +165,33 @@ def table(chosen: argparse.Namespace, splits: Splits, count: int, similarity: st
             }
             for label, found in fixed.items():
                 yield {**facts, "attack": label, "user": target.name, **told(found, number, everyone, chosen.lpips)}
-            todo = [(spec, spec, target) for spec in chosen.attack]
+            todo = {spec: (spec, target, None) for spec in chosen.attack}
             if chosen.controls:
-                todo += [(f"{spec}, prior alone", prior_alone(spec), target) for spec in chosen.attack]
-                todo += [(f"{spec}, unrelated", spec, other) for spec in chosen.attack]
+                todo |= {f"{spec}, prior alone": (spec, target, None) for spec in map(prior_alone, chosen.attack)}
+                todo |= {f"{spec}, unrelated": (spec, other, None) for spec in chosen.attack if other is not target}
+                todo[f"one image without a prior: {chosen.joint_attack}"] = (chosen.joint_attack, target, 1)
             if count <= chosen.joint:
-                todo.append((chosen.joint_attack, chosen.joint_attack, target))
-            for label, spec, by in todo:
-                if by is target or len(everyone) > 1:
-                    found, seconds = run(spec, by, model, data.num_classes, public, chosen.prior, seed)
-                    row = told(found, number, everyone, chosen.lpips)
-                    row |= {
-                        "seconds": seconds,
-                        "steps": found.steps,
-                        "loss": found.losses[-1] if found.losses else None,
-                    }
-                    yield {**facts, "attack": label, "user": target.name, **row, "diagnostics": found.diagnostics}
-                    if chosen.pictures:
-                        stem = f"{similarity}-{count}-{seed}-{number}"
-                        save_png(chosen.pictures / f"{stem}-truth.png", target.images[0])
-                        save_png(chosen.pictures / f"{stem}-mean.png", batch_mean(target.images)[0])
-                        save_png(
-                            chosen.pictures / f"{stem}-{len(label)}-{todo.index((label, spec, by))}.png",
-                            found.images[0],
-                        )
+                todo[f"jointly: {chosen.joint_attack}"] = (chosen.joint_attack, target, None)
+            for place, (label, (spec, by, size)) in enumerate(todo.items()):
+                found, seconds = run(spec, by, model, data.num_classes, public, chosen.prior, seed, size)
+                more = {
+                    "seconds": seconds,
+                    "steps": found.steps,
+                    "loss": found.losses[-1],
+                    "diagnostics": found.diagnostics,
+                }
+                results = {label: found}
+                if len(found.images) > 1:
+                    results["mean of these"] = replace(found, images=batch_mean(found.images)[:1], represents="user")
+                for shown, result in results.items():
+                    row = told(result, number, everyone, chosen.lpips)
+                    yield {**facts, "attack": shown, "user": target.name, **row, **more}
+                if chosen.pictures:
+                    stem = f"{similarity}-{count}-{seed}-{number}"
+                    one = found.images.mean(0)
+                    pictures = {"first": target.images[0], "mean": batch_mean(target.images)[0], f"attack-{place}": one}
+                    for what, picture in pictures.items():
+                        save_png(chosen.pictures / f"{stem}-{what}.png", picture)
 
 
 def line(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -216,11 +234,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--attack", nargs="+", default=[ATTACK], help="as in a recipe: name(option=value, …)")
     parser.add_argument("--no-controls", dest="controls", action="store_false")
     parser.add_argument("--joint", type=int, default=0, help="largest batch that joint inversion is tried on")
-    parser.add_argument("--joint-attack", default="inverting-gradients(iterations=400)")
+    parser.add_argument(
+        "--joint-attack", default="inverting-gradients(iterations=300, start='grey', learning_rate=0.02)"
+    )
     parser.add_argument("--model", default="lenet")
     parser.add_argument("--train", type=int, default=0, help="Adam steps of the victim on public images")
     parser.add_argument("--users", type=int, default=5, help="batches attacked for each seed")
-    parser.add_argument("--seeds", type=int, default=1, help="initialisations of the victim")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each has a victim and users of its own")
     parser.add_argument("--split", choices=("private", "test"), default="private")
     parser.add_argument("--lpips", nargs="*", default=[])
     parser.add_argument("--out", type=Path, help="a JSON line for every attack on every batch")

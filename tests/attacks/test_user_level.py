@@ -274,15 +274,30 @@ def test_shares_are_counted_from_known_or_inferred_labels(random_images):
     assert class_shares(update, model, soft, "majority", generator).tolist() == [[0.25, 0.75, 0.0, 0.0]]
 
 
-def test_a_majority_needs_no_count(random_images):
-    """Where a weight difference has no known scale the labels cannot be counted, but the most frequent one can be told."""
+def test_idlgs_rule_needs_no_count_and_no_scale(random_images):
+    """Where a weight difference has no known scale the labels cannot be counted, but the sign of the last bias is there."""
     model, update, knowledge = victim(random_images((5, *SHAPE)), [1, 3, 3, 3, 3])
     received = {name: update.sent[name] - 0.1 * tensor for name, tensor in update.received.items()}
     weights = replace(update, received=received, kind="weights")
     hidden = replace(knowledge, learning_rate=None, batch_size=5)
     assert attack(model, weights, hidden, steps=2).labels.tolist() == [3]
-    with pytest.raises(NotApplicable, match="learning_rate must be known"):
-        attack(model, weights, hidden, steps=2, label="distribution")
+    for label in ("majority", "distribution"):
+        with pytest.raises(NotApplicable, match="learning_rate must be known"):
+            attack(model, weights, hidden, steps=2, label=label)
+
+
+def test_idlgs_rule_gives_the_class_that_the_model_expects_too_rarely(random_images):
+    """The only class of a batch; of a mixed one not the majority, where the model is surer of it than it is frequent."""
+    images = random_images((4, *SHAPE))
+    model, _, knowledge = victim(images, [1] * 4, LENET)
+    with torch.no_grad():
+        model.head.bias[1] += 8.0
+    generator = derive_generator(0, "labels")
+    for labels, rule in (([1] * 4, 1), ([1, 1, 1, 2], 2)):
+        update = update_from(model, images, torch.tensor(labels), dtype=torch.float64)
+        known = replace(knowledge, batch_size=4, labels=torch.tensor(labels))
+        assert class_shares(update, model, known, "idlg", generator).argmax() == rule
+        assert class_shares(update, model, known, "majority", generator).argmax() == 1
 
 
 # ------------------------------------------------------------------------------------------------ options
