@@ -172,7 +172,7 @@ def _dense(equations: Equations, point: Tensor, sigma: float, chunk: int) -> Cal
         spread = variances.sqrt()
         matrix = spread[:, None] * told * spread + torch.eye(len(spread)).to(spread)
         wanted = (right - anchors @ told) * spread
-        found: Tensor = torch.linalg.solve(matrix, wanted.T).T
+        found: Tensor = torch.cholesky_solve(wanted.T, torch.linalg.cholesky(matrix)).T
         return anchors + spread * found
 
     return mean
