@@ -487,7 +487,7 @@ def _no_other_update(federation: FederationSettings, capture: CaptureSettings) -
 def _recognise_problems(score: ScoreSettings, cells: Sequence[Settings]) -> list[str]:
     if not score.recognise:
         return []
-    from fedattack.recognising import recognise_problems
+    from fedattack.recognition import recognise_problems
 
     return recognise_problems(score.recognise, cells)
 

@@ -1,280 +1,406 @@
-"""What can be recognised in a picture: a face, an attribute, a person. Pure functions of images; `recognising` scores a run.
+"""What the reconstructions of a run show of people, beside chance and beside what the same probe sees on clean images.
 
-    face        scikit-image's cascade of local binary patterns finds one or not
-    attribute   the class of the linear discriminant, trained on public images
-    person      nearest of a public gallery: every person stands at the mean of his or her public images' embeddings, by the
-                angle in the discriminant's space
+    [score]
+    recognise = ["face", "attribute:male", "identity"]
 
-A probe knows nothing of attacks. Since reconstructions are noisy or blurred, it is trained on every public image three times:
-as it is, with Gaussian noise, and blurred; otherwise noise of 0.1 hides most people from it who are plain to see. What a
-probe does not recognise may be recognisable all the same; what it finds on clean images says how much its silence means.
+"attribute:COLUMN" and "identity" (or "identity:COLUMN") name further labels of the data set; "attribute:class" is what the
+federation learns. Who is on a true image is looked up here, by its exact pixels in the data set's private part, so in
+simulations only; no attack is told. Probes and gallery are made of the public part without copies of private images; "clean"
+is the same probe on the test part without copies of those.
 
-Images are (B,C,H,W) floats in [0, 1] of any size; other channels than three are averaged to grey.
+Rows carry, under "recognised", for every task the values of each image in the truth's order (None where there is none) and
 
-Sources: Viola and Jones, CVPR 2001, with the features of Liao et al., ICB 2007 (the cascade is OpenCV's); principal components,
-then Fisher's discriminant: Belhumeur, Hespanha and Kriegman, TPAMI 1997; activations of SqueezeNet 1.1 (Iandola et al.,
-arXiv:1602.07360) as LPIPS compares them (arXiv:1801.03924).
+    hit             a face was found · the class is the truth's · of all people in the gallery the true one is nearest
+    expected        what the same picture would score, had a person drawn at random from the private part been the truth:
+                    chance for this very picture (not for faces)
+    commonest       what the commonest class of the private part would score (attributes)
+    rank            place of the true person, and expected_rank, top5, expected_top5 (identity)
+    chance          of the task: faces, the larger rate on `non_faces` (patches of photographs) and noise; attributes, the
+                    commonest class's share; identity, 1/people, chance_rank (people + 1)/2 and chance_top5 5/people
+    clean, noisy    shares of clean_images recognised as they are, and with noise of recognition_probes.NOISE
+    left_out        true images that nothing could be said about, by reason: among others, people without public images
+
+One image that stands for a batch is compared with the batch's commonest label; where two are equally common it is left out.
+Such labels are less mixed than those of single images, so `commonest` is then a stricter yardstick than `expected`.
 """
 
-import math
-from collections.abc import Sequence
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fedattack.errors import FedattackError, MissingDependency, NotApplicable, must, one_of
-from fedattack.metrics import perceptual_features
-from fedattack.provenance import SAME, thumbnails
+from fedattack.cells import load_splits
+from fedattack.config import DataSettings, Experiment, Settings
+from fedattack.data import ImageData, Splits, label_columns, load_dataset, with_label
+from fedattack.data.resize import fit
+from fedattack.errors import FedattackError, NotApplicable, must, one_of
+from fedattack.jobs import reconstruction_path, torch_threads
+from fedattack.metrics import matched_images
+from fedattack.recognition_probes import (
+    NOISE,
+    Features,
+    Kind,
+    Probe,
+    available_features,
+    copies,
+    degraded,
+    detect_faces,
+    parse_task,
+)
+from fedattack.seeding import derive_generator
+from fedattack.store import RunFolder, finite, load_reconstruction, read_json, write_json
 
-FACE_SIDE = 96
-"""Pixels to which an image's shorter side is scaled before faces are looked for: of 48 to 192 the one that finds most faces and
-fewest in noise (LFW's public part at 64, 32 and 16 pixels)."""
+Facts = dict[str, Any]
 
-FACE_MARGIN = 0.25
-"""Of the side: the border's pixels are repeated outwards, since the cascade looks for a whole head."""
+VERSION = 1
+"""Raised where the same pictures would now get other values, so that kept ones are not used."""
 
-FACE_MIN_SIDE = 16
-"""Below, noise is taken for a face too often."""
+MOST_PUBLIC, MOST_TEST, MOST_FACES = 2000, 1000, 200
+"""Images that probes are trained on, that they are tested on, and that faces are looked for in: drawn where there are more."""
 
-FACE_STEP = 1.1
-"""Factor between the sizes at which a face is looked for, from FACE_LEAST of the side on."""
+TOP = 5
 
-FACE_LEAST = 0.4
-
-PROBE_SIDE = 64
-"""Pixels a side of the images that features are taken from."""
-
-COMPONENTS = 800
-"""Principal components that the discriminant sees at most."""
-
-SHRINKAGE = 0.1
-"""Share of a multiple of the identity in the covariance within classes."""
-
-NOISE = 0.1
-"""Standard deviation of the noise on the second copy of the training images."""
-
-COPY = 10.0
-"""Levels of 255: JPEG at quality 75 changes small photographs by less."""
-
-CHUNK = 512
-
-KINDS = ("face", "attribute", "identity")
-
-Kind = Literal["squeezenet", "pixels"]
+NO_TRUTH = "no truth was recorded (a deployment has no witness)"
+NOT_THERE = "not an image of the data set's private part"
+SEVERAL = "in the data set with several labels"
+TIED = "no label is the batch's commonest"
+STRANGER = "no public image of this class or person"
 
 
-def parse_task(text: str) -> tuple[str, str]:
-    """("face", ""), ("attribute", column) or ("identity", column) of "face", "attribute:COLUMN", "identity[:COLUMN]"."""
-    kind, _, column = text.partition(":")
-    if kind not in KINDS:
-        raise FedattackError(one_of("what to recognise", KINDS, text))
-    if kind == "face" and column:
-        raise FedattackError(must("what to recognise", "face alone", text))
-    if kind == "attribute" and not column:
-        raise FedattackError(must("what to recognise", "attribute:COLUMN", text))
-    return kind, column or ("identity" if kind == "identity" else "")
+class Recognitions:
+    """Values for the rows of a run; everything is made when first needed, and what rows got is kept in the run folder."""
+
+    def __init__(self, run: RunFolder, experiment: Experiment) -> None:
+        self._run = run
+        self._tasks = experiment.score.recognise
+        self._judges: dict[str, _Judge] = {}
+
+    def beside(
+        self,
+        row: Mapping[str, Any],
+        settings: Settings,
+        witnessed: Mapping[str, Tensor] | None,
+        images: Tensor | None = None,
+    ) -> Facts:
+        """The fields "recognised" and "missing" of a row that has scores, {} where nothing is asked or there is no result.
+
+        witnessed: the truth, what the witness wrote. images: the reconstruction; without it that of the row's job is read.
+        """
+        if not self._tasks or row.get("status") != "ok":
+            return {}
+        if witnessed is None:
+            reasons = {f"recognise {task}": NO_TRUTH for task in self._tasks}
+            return {"recognised": {}, "missing": {**row.get("missing", {}), **reasons}}
+        if images is None:
+            images = load_reconstruction(reconstruction_path(self._run.results, row["job"])).images
+        truth, one_for_all = witnessed["images"], row.get("represents") == "user"
+        shown = [images[0]] if one_for_all else matched_images(images, row["assignment"])
+        judge = self._judge(settings)
+        key = _key(settings.data, self._tasks, judge.kind, one_for_all, [*shown, *truth])
+        path = self._run.scores / f"{row['job']}--recognised.json"
+        kept = read_json(path) if path.exists() else {}
+        if kept.get("key") != key:
+            with torch_threads(1):
+                kept = {"key": key} | judge.all_of(self._tasks, shown, truth, one_for_all)
+            write_json(path, finite(kept))
+        reasons = {f"recognise {task}": reason for task, reason in kept["missing"].items()}
+        return {"recognised": kept["recognised"], "missing": {**row.get("missing", {}), **reasons}}
+
+    def _judge(self, settings: Settings) -> "_Judge":
+        """One at a time: a data set's probes take memory."""
+        key = settings.data.model_dump_json(include={"dataset", "options"})
+        if key not in self._judges:
+            self._judges = {key: _Judge(settings)}
+        return self._judges[key]
 
 
-# ------------------------------------------------------------------------------------------------ faces
-def detect_faces(images: Tensor) -> Tensor:
-    """(B,) bool: whether a frontal face is found that fills at least FACE_LEAST of the image.
-
-    Raises NotApplicable for images below FACE_MIN_SIDE and MissingDependency where the cascade's file is not there.
-    """
-    height, width = images.shape[-2:]
-    if min(height, width) < FACE_MIN_SIDE:
-        raise NotApplicable(must("image sides for faces", f"at least {FACE_MIN_SIDE} pixels", f"{height}x{width}"))
-    found: list[bool] = []
-    detector, scale = _detector(_cascade_file()), FACE_SIDE / min(height, width)
-    size = (max(FACE_SIDE, round(height * scale)), max(FACE_SIDE, round(width * scale)))
-    margin, least = round(FACE_MARGIN * FACE_SIDE), round(FACE_LEAST * FACE_SIDE)
-    for image in _rgb(images):
-        larger = F.pad(_resized(image.unsqueeze(0), size), (margin,) * 4, mode="replicate")
-        pixels = (larger[0].clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
-        whole = (min(pixels.shape[:2]),) * 2
-        hits = detector.detect_multi_scale(
-            img=pixels, scale_factor=FACE_STEP, step_ratio=1.0, min_size=(least, least), max_size=whole
-        )
-        found.append(len(hits) > 0)
-    return torch.tensor(found, dtype=torch.bool)
-
-
-def _cascade_file() -> Path:
-    """The cascade that scikit-image ships; never downloaded."""
-    try:
-        import skimage.data
-    except ImportError as error:
-        raise MissingDependency(f"faces are found by scikit-image: {error}") from error
-    path = Path(str(skimage.data.__file__)).parent / "lbpcascade_frontalface_opencv.xml"
-    if not path.is_file():
-        raise MissingDependency(f"scikit-image's face cascade is not there: {path.name}")
-    return path
-
-
-@lru_cache(maxsize=1)
-def _detector(path: Path) -> Any:
-    from skimage.feature import Cascade
-
-    return Cascade(str(path))
-
-
-# ------------------------------------------------------------------------------------------------ features
-def available_features() -> Kind:
-    """ "squeezenet" where LPIPS's backbone is on this machine, else "pixels" (with gradient histograms), which need no file."""
-    try:
-        perceptual_features(torch.zeros(1, 3, PROBE_SIDE, PROBE_SIDE))
-    except MissingDependency:
-        return "pixels"
-    return "squeezenet"
-
-
-def raw_features(images: Tensor, kind: Kind) -> list[Tensor]:
-    """Blocks (B,D_i) float32. squeezenet: its second and third activations, averaged to 4×4. pixels: 32×32 pixels, and
-    histograms of oriented gradients (Dalal and Triggs, CVPR 2005).
-    """
-    pictures = _resized(_rgb(images), (PROBE_SIDE, PROBE_SIDE))
-    if kind == "squeezenet":
-        layers = perceptual_features(pictures)[1:3]
-        return [F.adaptive_avg_pool2d(layer, 4).flatten(1) for layer in layers]
-    from skimage.feature import hog
-
-    def histograms(picture: Tensor) -> Tensor:
-        grey = picture.mean(0).numpy()
-        return torch.from_numpy(hog(grey, orientations=8, pixels_per_cell=(8, 8), cells_per_block=(2, 2))).float()
-
-    small = _resized(pictures, (PROBE_SIDE // 2, PROBE_SIDE // 2))
-    return [small.flatten(1), torch.stack([histograms(picture) for picture in pictures])]
-
-
-def degraded(images: Tensor, *, generator: torch.Generator) -> list[Tensor]:
-    """Two further copies of training images: with Gaussian noise of NOISE, and blurred (binomial, wider on larger images)."""
-    noise = torch.randn(images.shape, generator=generator)
-    channels, side = images.shape[1], min(images.shape[-2:])
-    row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
-    kernel = torch.outer(row, row).expand(channels, 1, 5, 5)
-    blurred = images.float()
-    for _ in range(max(1, round(side / 16))):
-        blurred = F.conv2d(F.pad(blurred, (2,) * 4, mode="replicate"), kernel, groups=channels)
-    return [(images.float() + NOISE * noise).clamp(0, 1), blurred.clamp(0, 1)]
+def _key(
+    data: DataSettings, tasks: Sequence[str], kind: Kind, one_for_all: bool, images: Sequence[Tensor | None]
+) -> str:
+    about = [VERSION, data.dataset, data.options, list(tasks), kind, one_for_all]
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    for image in images:
+        digest.update(b"-" if image is None else image.detach().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True, eq=False)
-class Features:
-    """Principal components of public images: (B,C,H,W) to (B,r) float64, r at most COMPONENTS."""
+class _Column:
+    """One label of a data set: probe, yardsticks, and the label of every private image by its pixels."""
 
-    kind: Kind
-    scales: tuple[float, ...]
-    centre: Tensor
-    directions: Tensor
-
-    @staticmethod
-    def fit(images: Tensor, kind: Kind) -> "Features":
-        """Blocks are brought to equal variance first. Raises NotApplicable for fewer than 2 images."""
-        if len(images) < 2:
-            raise NotApplicable(must("public images for a probe", "at least 2", len(images)))
-        blocks = raw_features(images, kind)
-        scales = tuple(_scale(block) for block in blocks)
-        joined = _joined(blocks, scales)
-        centre = joined.mean(0)
-        centred = joined - centre
-        values, vectors = torch.linalg.eigh(centred @ centred.T)  # N×N: there are fewer images than numbers in each
-        values, vectors = values.flip(0)[:COMPONENTS], vectors.flip(1)[:, :COMPONENTS]
-        kept = values > 1e-9 * values[0].clamp(min=1e-12)
-        return Features(kind, scales, centre, centred.T @ (vectors[:, kept] / values[kept].sqrt()))
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return (_joined(raw_features(images, self.kind), self.scales) - self.centre) @ self.directions
-
-
-def _scale(block: Tensor) -> float:
-    deviation = float(block.double().std(0, correction=0).square().mean().sqrt())
-    return 1.0 / (max(deviation, 1e-12) * math.sqrt(block.shape[1]))
-
-
-def _joined(blocks: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
-    return torch.cat([block.double() * scale for block, scale in zip(blocks, scales, strict=True)], dim=1)
-
-
-# ------------------------------------------------------------------------------------------------ probes
-@dataclass(frozen=True, eq=False)
-class Probe:
-    """Fisher's linear discriminant among K classes."""
-
-    whitening: Tensor
-    means: Tensor
+    names: tuple[str, ...]
+    probe: Probe
     shares: Tensor
-
-    @staticmethod
-    def fit(points: Tensor, labels: Tensor, classes: int) -> "Probe":
-        """points (N,r), labels (N,) in 0 … classes−1."""
-        counts = torch.bincount(labels, minlength=classes).double()
-        means = torch.zeros(classes, points.shape[1], dtype=torch.float64).index_add_(0, labels, points)
-        means = means / counts.clamp(min=1).unsqueeze(1)
-        within = points - means[labels]
-        freedom = len(points) - int((counts > 0).sum())
-        spread = within if freedom > 0 else points  # one image a class: as good a guess as any
-        covariance = spread.T @ spread / max(1, freedom)
-        size = float(covariance.diagonal().mean()) if len(covariance) else 0.0
-        unit = torch.eye(len(covariance), dtype=torch.float64)
-        covariance = (1 - SHRINKAGE) * covariance + SHRINKAGE * (size if size > 1e-12 else 1.0) * unit
-        whitening = torch.linalg.cholesky(torch.linalg.inv(covariance)) if len(covariance) else covariance
-        return Probe(whitening, means @ whitening, counts / counts.sum())
-
-    @property
-    def known(self) -> Tensor:
-        """(K,) bool: which classes had training images."""
-        return self.shares > 0
-
-    def classify(self, points: Tensor) -> Tensor:
-        """(B,) int64: the likeliest class, the shares among the training images being the prior."""
-        distances = torch.cdist(points @ self.whitening, self.means).square() / 2
-        return (self.shares.log() - distances).argmax(1)
-
-    def ranks(self, points: Tensor) -> Tensor:
-        """(B,K) float64: the place 1 … of every class by angle to its mean, nearest first; equals share the mean of their
-        places, so that a picture that says nothing gets (K+1)/2. NaN for classes without training images."""
-        people = F.normalize(self.means[self.known], dim=1)
-        angles = F.normalize(points @ self.whitening, dim=1) @ people.T
-        in_order = angles.sort(dim=1).values
-        at_least = angles.shape[1] - torch.searchsorted(in_order, angles, right=False)
-        nearer = angles.shape[1] - torch.searchsorted(in_order, angles, right=True)
-        places = torch.full((len(points), len(self.known)), float("nan"), dtype=torch.float64)
-        places[:, self.known] = (nearer + at_least + 1).double() / 2
-        return places
+    labels: Mapping[str, int | None]
+    clean: Facts
 
 
-# ------------------------------------------------------------------------------------------------ galleries
-def copies(pixels: Tensor, others: Tensor) -> Tensor:
-    """(N,) bool: which images (N,C,H,W) uint8 are, up to recompression, among `others` (M,C,H,W) uint8: thumbnails within
-    provenance.SAME and whole images within COPY levels, both root mean square."""
-    found = torch.zeros(len(pixels), dtype=torch.bool)
-    if not len(pixels) or not len(others):
+class _Judge:
+    """What a data set says of the images under attack, and the probes of its public part."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings, self._data = settings, settings.data
+        self._columns: dict[str, _Column | FedattackError] = {}
+
+    @cached_property
+    def kind(self) -> Kind:
+        return available_features()
+
+    @cached_property
+    def _splits(self) -> Splits:
+        return load_splits(self._settings)
+
+    def all_of(
+        self, tasks: Sequence[str], shown: Sequence[Tensor | None], truth: Tensor, one_for_all: bool
+    ) -> dict[str, Facts]:
+        """ "recognised" and "missing" by task."""
+        found: dict[str, Facts] = {"recognised": {}, "missing": {}}
+        for task in tasks:
+            kind, column = parse_task(task)
+            try:
+                found["recognised"][task] = (
+                    self._faces(shown) if kind == "face" else self._people(kind, column, shown, truth, one_for_all)
+                )
+            except FedattackError as reason:
+                found["missing"][task] = str(reason)
         return found
-    a, b = thumbnails(pixels).flatten(1).float(), thumbnails(others).flatten(1).float()
-    limit = SAME * a.shape[1] ** 0.5
-    for start in range(0, len(a), CHUNK):
-        near = torch.cdist(a[start : start + CHUNK], b, compute_mode="donot_use_mm_for_euclid_dist") <= limit
-        for pairs in torch.split(near.nonzero(), CHUNK):
-            rows, columns = pairs[:, 0] + start, pairs[:, 1]
-            levels = (pixels[rows].float() - others[columns].float()).flatten(1).square().mean(1).sqrt()
-            found[rows[levels <= COPY]] = True
+
+    # -------------------------------------------------------------------------------------------- faces
+    def _faces(self, shown: Sequence[Tensor | None]) -> Facts:
+        there = [image for image in shown if image is not None]
+        hits = iter(detect_faces(torch.stack(there)).tolist() if there else [])
+        return {"hit": [None if image is None else next(hits) for image in shown]} | self._face_yardsticks
+
+    @cached_property
+    def _face_yardsticks(self) -> Facts:
+        test = self._drawn(self._splits.test, MOST_FACES, "faces").images()
+        generator = derive_generator(0, "recognition", "noise")
+        noise = torch.rand((MOST_FACES, *self._splits.image_shape), generator=generator)
+        rates = {"noise": _rate(noise)} | ({"non_faces": _rate(other)} if len(other := self._non_faces()) else {})
+        clean = {"clean": _rate(test), "noisy": _rate(_with_noise(test))} if len(test) else {}
+        return {**rates, "chance": max(rates.values()), **clean, "clean_images": len(test)}
+
+    def _non_faces(self) -> Tensor:
+        """Patches of photographs at the data set's size (none where it is larger than the photographs)."""
+        channels, height, width = self._splits.image_shape
+        try:
+            patches = load_dataset("patches", image_size=max(height, width)).private
+        except FedattackError:
+            return torch.zeros(0)
+        pixels = fit(self._drawn(patches, MOST_FACES, "patches").pixels, (height, width)).float() / 255
+        return pixels if channels == 3 else pixels.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+
+    # -------------------------------------------------------------------------------------------- attributes and people
+    def _people(
+        self, kind: str, column: str, shown: Sequence[Tensor | None], truth: Tensor, one_for_all: bool
+    ) -> Facts:
+        about = self._column(column)
+        answers = [_looked_up(about, image) for image in truth]
+        answers = [_majority(answers)] if one_for_all else answers
+        answers = [
+            STRANGER if isinstance(answer, int) and not bool(about.probe.known[answer]) else answer
+            for answer in answers
+        ]
+        rows = [i for i, (image, answer) in enumerate(zip(shown, answers, strict=True)) if image is not None]
+        rows = [i for i in rows if isinstance(answers[i], int)]
+        labels = torch.tensor([answers[i] for i in rows], dtype=torch.int64)
+        pictures = [image for i in rows if (image := shown[i]) is not None]
+        space = self._features[0]
+        points = space(torch.stack(pictures)) if pictures else space.directions.new_zeros(0, space.directions.shape[1])
+        values = _attribute(about, points, labels) if kind == "attribute" else _person(about, points, labels)
+        facts: Facts = {name: _spread_out(value, rows, len(shown)) for name, value in values.items()}
+        classes = int(about.probe.known.sum())
+        chance = {"chance": float(about.shares.max()), "classes": classes}
+        if kind == "identity":
+            chance = {"chance": 1 / classes, "chance_rank": (classes + 1) / 2, "people": classes}
+            chance |= {"chance_top5": min(1.0, TOP / classes)}
+        left_out = dict(Counter(answer for answer in answers if isinstance(answer, str)))
+        public, left = self._gallery
+        trained = {"features": self.kind, "public_images": len(public), "copies_left_out": left}
+        facts |= {**chance, **about.clean[kind], **trained, "left_out": left_out}
+        return facts
+
+    def _column(self, name: str) -> _Column:
+        """Raises FedattackError where the data set says nothing of it; each column is tried once."""
+        if name not in self._columns:
+            try:
+                self._columns[name] = self._made(name)
+            except FedattackError as reason:
+                self._columns[name] = reason
+        found = self._columns[name]
+        if isinstance(found, FedattackError):
+            raise found
+        return found
+
+    def _made(self, name: str) -> _Column:
+        splits = with_label(self._splits, name, self._data.dataset, **self._data.options)
+        public, test = splits.public.labels[self._gallery[0]], splits.test.labels[self._test]
+        points = self._features[1]
+        probe = Probe.fit(points, public.repeat(len(points) // len(public)), splits.num_classes)
+        shares = torch.bincount(splits.private.labels, minlength=splits.num_classes).double() * probe.known
+        if not float(shares.sum()):
+            raise NotApplicable(f"nobody of the private part is in the public part, by {name}")
+        about = _Column(splits.private.class_names, probe, shares / shares.sum(), _by_pixels(splits.private), {})
+        kept = probe.known[test]
+        for kind, values in (("attribute", _attribute), ("identity", _person)):
+            facts: Facts = {"clean_images": int(kept.sum())}
+            for how, pictures in self._test_points.items() if bool(kept.any()) else ():
+                found = values(about, pictures[kept], test[kept])
+                facts[how] = _mean(found["hit"])
+                if kind == "identity":
+                    facts |= {f"{how}_rank": float(torch.tensor(found["rank"]).median())}
+                    facts |= {f"{how}_top5": _mean(found["top5"])}
+            about.clean[kind] = facts
+        return about
+
+    @cached_property
+    def _test_points(self) -> dict[str, Tensor]:
+        images, space = self._splits.test.images(self._test), self._features[0]
+        return {"clean": space(images), "noisy": space(_with_noise(images))}
+
+    @cached_property
+    def _features(self) -> tuple[Features, Tensor]:
+        """The space, and in it the public images, then their noisy and their blurred copies."""
+        images = self._splits.public.images(self._gallery[0])
+        space = Features.fit(images, self.kind)
+        generator = derive_generator(0, "recognition", "degraded")
+        return space, torch.cat([space(copy) for copy in (images, *degraded(images, generator=generator))])
+
+    @cached_property
+    def _gallery(self) -> tuple[Tensor, int]:
+        """Rows of the public part for probes and gallery, without copies of private images, and how many these were."""
+        public = self._splits.public
+        rows = self._rows(len(public), MOST_PUBLIC, "public")
+        kept = rows[~copies(public.pixels[rows], self._splits.private.pixels)]
+        if len(kept) < 2:
+            rule = "at least 2 that are no copies of private ones"
+            raise NotApplicable(must(f"public images of {public.name}", rule, len(kept)))
+        return kept, len(rows) - len(kept)
+
+    @cached_property
+    def _test(self) -> Tensor:
+        rows = self._rows(len(self._splits.test), MOST_TEST, "test")
+        return rows[~copies(self._splits.test.pixels[rows], self._splits.public.pixels[self._gallery[0]])]
+
+    def _drawn(self, data: ImageData, most: int, name: str) -> ImageData:
+        return data.subset(self._rows(len(data), most, name))
+
+    def _rows(self, total: int, most: int, name: str) -> Tensor:
+        order = torch.randperm(total, generator=derive_generator(0, "recognition", name))
+        return order[:most].sort().values
+
+
+# ------------------------------------------------------------------------------------------------ values of pictures
+def _attribute(about: _Column, points: Tensor, labels: Tensor) -> dict[str, list[Any]]:
+    said = about.probe.classify(points)
+    return {
+        "hit": (said == labels).tolist(),
+        "expected": about.shares[said].tolist(),
+        "commonest": (labels == about.shares.argmax()).tolist(),
+        "seen": [about.names[i] for i in said.tolist()],
+    }
+
+
+def _person(about: _Column, points: Tensor, labels: Tensor) -> dict[str, list[Any]]:
+    places = about.probe.ranks(points)
+    own = places.gather(1, labels.unsqueeze(1)).squeeze(1)
+    others = places.nan_to_num(nan=float(about.probe.known.sum()))  # shares of unknown classes are 0
+    return {
+        "hit": (own <= 1).tolist(),
+        "top5": (own <= TOP).tolist(),
+        "rank": own.tolist(),
+        "expected": ((others <= 1).double() @ about.shares).tolist(),
+        "expected_top5": ((others <= TOP).double() @ about.shares).tolist(),
+        "expected_rank": (others @ about.shares).tolist(),
+    }
+
+
+def _spread_out(values: Sequence[Any], rows: Sequence[int], count: int) -> list[Any]:
+    """The values at `rows` of `count`, None elsewhere."""
+    found: list[Any] = [None] * count
+    for row, value in zip(rows, values, strict=True):
+        found[row] = value
     return found
 
 
-# ------------------------------------------------------------------------------------------------ helpers
-def _rgb(images: Tensor) -> Tensor:
-    """(B,3,H,W) float32."""
-    images = images.detach().cpu().float()
-    return images if images.shape[1] == 3 else images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+def _rate(images: Tensor) -> float:
+    return float(detect_faces(images).double().mean())
 
 
-def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, averaging where it shrinks."""
-    if images.shape[-2:] == size:
-        return images
-    return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+def _mean(values: Sequence[bool]) -> float:
+    return sum(values) / len(values)
+
+
+def _with_noise(images: Tensor) -> Tensor:
+    noise = torch.randn(images.shape, generator=derive_generator(0, "recognition", "noisy test"))
+    return (images + NOISE * noise).clamp(0, 1)
+
+
+# ------------------------------------------------------------------------------------------------ who is on a true image
+def _by_pixels(data: ImageData) -> dict[str, int | None]:
+    """The label of every image, None where equal pixels have several."""
+    found: dict[str, int | None] = {}
+    for pixels, label in zip(data.pixels, data.labels.tolist(), strict=True):
+        key = _digest(pixels)
+        found[key] = label if found.get(key, label) == label else None
+    return found
+
+
+def _looked_up(about: _Column, image: Tensor) -> int | str:
+    """The label of a true image (C,H,W), or why there is none."""
+    levels = image.detach().double() * 255
+    pixels = levels.round().clamp(0, 255)
+    if float((levels - pixels).abs().max()) > 1e-3:
+        return NOT_THERE
+    key = _digest(pixels.to(torch.uint8))
+    label = about.labels.get(key)
+    return label if label is not None else (SEVERAL if key in about.labels else NOT_THERE)
+
+
+def _majority(answers: Sequence[int | str]) -> int | str:
+    """The commonest label of a batch, whatever could not be said left aside."""
+    common = Counter(answer for answer in answers if isinstance(answer, int)).most_common(2)
+    if not common:
+        return next((answer for answer in answers if isinstance(answer, str)), NOT_THERE)
+    return TIED if len(common) > 1 and common[0][1] == common[1][1] else common[0][0]
+
+
+def _digest(pixels: Tensor) -> str:
+    return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ configuration
+def recognise_problems(tasks: Sequence[str], cells: Sequence[Settings]) -> list[str]:
+    """What is wrong with score.recognise: unknown tasks, twice the same, and labels that no data set of the cells has."""
+    problems = []
+    for number, task in enumerate(tasks):
+        try:
+            kind, column = parse_task(task)
+        except FedattackError as error:
+            problems.append(str(error))
+            continue
+        if task in tasks[:number]:
+            problems.append(f"{task!r} must be given once")
+        lacking = {}
+        for cell in cells:
+            try:
+                lacking[cell.data.dataset] = "" if kind == "face" else _lacks(cell.data, column)
+            except FedattackError:
+                continue  # a data set that cannot be opened is reported as such
+        if lacking and all(lacking.values()):
+            problems += [problem for problem in lacking.values() if problem]
+    return problems
+
+
+def _lacks(data: DataSettings, column: str) -> str:
+    """ "" where the data set has the column, or only reading it would tell."""
+    columns = label_columns(data.dataset, **data.options)
+    if columns is None or column in columns:
+        return ""
+    return one_of(f"label of {data.dataset.rpartition('/')[2]} to recognise", columns, column)

@@ -19,7 +19,7 @@ from fedattack.metrics import baselines, batch_mean, matched_images, psnr_db, sc
 from fedattack.metrics import lpips as lpips_distance
 from fedattack.planning import cell_facts, job_id, read_truth, row_facts, updates_of, why_not_planned
 from fedattack.provenance import overlap
-from fedattack.recognising import Recognitions
+from fedattack.recognition import Recognitions
 from fedattack.seeding import derive_generator
 from fedattack.store import (
     FederationFolder,

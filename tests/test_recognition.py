@@ -11,7 +11,7 @@ from experiments.campaign import run_campaign
 from fedattack.config import Settings, parse_config
 from fedattack.data import label_columns, load_dataset, with_label
 from fedattack.errors import ConfigError, FedattackError, MissingDependency, NotApplicable
-from fedattack.recognising import (
+from fedattack.recognition import (
     NO_TRUTH,
     NOT_THERE,
     SEVERAL,
@@ -24,9 +24,9 @@ from fedattack.recognising import (
     _looked_up,
     _majority,
 )
-from fedattack.recognition import Features, Probe, copies, degraded, detect_faces, parse_task
+from fedattack.recognition_probes import Features, Probe, copies, degraded, detect_faces, parse_task
 from fedattack.report import build_report
-from fedattack.report.recognised import recognised_tables
+from fedattack.report.recognition import recognised_tables
 from fedattack.scoring import score_run
 from fedattack.seeding import derive_generator
 from fedattack.store import read_rows
@@ -215,7 +215,7 @@ def test_components_keep_all_distances_between_the_images_they_were_made_of():
     space = Features.fit(images, "pixels")
     points = space(images)
     assert points.shape == (6, 5)
-    from fedattack.recognition import _joined, raw_features
+    from fedattack.recognition_probes import _joined, raw_features
 
     raw = _joined(raw_features(images, "pixels"), space.scales)
     torch.testing.assert_close(torch.cdist(points, points), torch.cdist(raw, raw))
@@ -359,7 +359,7 @@ def test_without_its_file_faces_are_missing_with_the_reason(tmp_path, monkeypatc
 
 
 def test_yardsticks_of_faces_stand_beside(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedattack.recognising.MOST_FACES", 30)
+    monkeypatch.setattr("fedattack.recognition.MOST_FACES", 30)
     found = judge(people_file(tmp_path / "people.npz", size=(20, 16), each=10, noise=3))
     truth = found._splits.private.images([0, 1])
     values = found.all_of(("face",), [truth[0], None], truth, False)["recognised"]["face"]

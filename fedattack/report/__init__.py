@@ -20,7 +20,7 @@ from fedattack.report.bounds import bound_charts, ranking
 from fedattack.report.charts import Chart, Series, legend, line_chart
 from fedattack.report.gallery import IMAGES, PICTURES, TARGETS, gallery
 from fedattack.report.montage import write_montage
-from fedattack.report.recognised import recognised_tables
+from fedattack.report.recognition import recognised_tables
 from fedattack.report.samples import sample_grids
 from fedattack.report.summary import Cell, Row, markdown_table, summarise, write_table
 from fedattack.report.template import SCRIPT, STYLE, TEMPLATE

@@ -1,4 +1,4 @@
-"""The table of what can be recognised in the pictures, from the field "recognised" of rows (see fedattack.recognising)."""
+"""The table of what can be recognised in the pictures, from the field "recognised" of rows (see fedattack.recognition)."""
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
