@@ -4,20 +4,28 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
+from fedattack.registry import ATTACKS
 from fedattack.types import Control
 
 SNAPSHOTS = 12
 """Images kept of the way, evenly spread over the steps, the result among them."""
 
+MATCHING = "inverting-gradients"
+"""The peer that matches gradients without a prior."""
+
 
 def usual_controls(
-    attack: Any, *, shared: tuple[str, ...], alone: Mapping[str, Any], evaluations: int
+    attack: Any, *, shared: tuple[str, ...], alone: Mapping[str, Any], evaluations: int, jacobians: bool = False
 ) -> list[Control]:
     """The prior alone, another client's update, the analytic estimate, and gradient matching without a prior.
 
     attack: a dataclass, whose fields `shared` the prior alone takes over; `alone`: what switches its guidance off.
-    evaluations: of the update's gradient in all its chains together, as many as `inverting-gradients` gets.
+    evaluations: of the update's gradient in all its chains together, as many as `inverting-gradients` gets. jacobians: it also
+    takes Jacobians, one directional derivative for each pixel, whose number no setting tells: then no fewer evaluations than
+    `inverting-gradients` takes by itself.
     """
+    own = ATTACKS.get(MATCHING).iterations if jacobians else 1
+    budget = {"iterations": evaluations} if evaluations > own or not jacobians else {}
     changed = {
         field.name: getattr(attack, field.name)
         for field in fields(attack)
@@ -27,7 +35,7 @@ def usual_controls(
         Control("prior-alone", parameters={**changed, **alone}),
         Control("unrelated-update"),
         Control("peer", "linear-leak", {}),
-        Control("peer", "inverting-gradients", {"iterations": max(evaluations, 1)}),
+        Control("peer", MATCHING, budget),
     ]
 
 

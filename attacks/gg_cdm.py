@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from attacks.posterior import Cosines, Equations, Likelihood, linearise
 from attacks.starting import first_guess, random_start
 from fedattack.errors import FedattackError, NotApplicable, must, one_of
 from fedattack.priors import Prior, denoise, load_prior, sample, sampling_timesteps, signal_shares, step_noise
+from fedattack.registry import parse_spec
 from fedattack.tasks import Task
 from fedattack.types import Control, Knowledge, Progress, Reconstruction, Update, silent
 
@@ -124,13 +125,26 @@ class GGCDM:
                 must("distance of the posterior guidance", "'l2', that of Gaussian noise", self.distance)
             )
 
+    @property
+    def averages(self) -> bool:
+        """Whether the mean of several chains is the result."""
+        return self.restarts > 1 and (self.guidance == "posterior" if self.average is None else self.average)
+
     def controls(self) -> Sequence[Control]:
-        """None for guidance "none", which is one. The posterior's Jacobians are not counted as evaluations of the gradient."""
+        """None for guidance "none", which is one. Where chains are averaged, so are those of the prior alone; the attack that
+        they start from is a peer. The posterior's Jacobians are not counted, but its peer gets its own default at least.
+        """
         if self.guidance == "none":
             return ()
         shared = ("sampling_steps", "eta", "clip", "precision")
-        evaluations = self.sampling_steps * self.restarts
-        return usual_controls(self, shared=shared, alone={"guidance": "none"}, evaluations=evaluations)
+        alone: dict[str, Any] = {"guidance": "none"}
+        if self.averages:
+            alone |= {"restarts": self.restarts, "average": True}
+        evaluations, jacobians = self.sampling_steps * self.restarts, self.guidance == "posterior"
+        made = usual_controls(self, shared=shared, alone=alone, evaluations=evaluations, jacobians=jacobians)
+        if self.start_from != NOISE:
+            made.append(Control("peer", *parse_spec(self.start_from)))
+        return made
 
     def reconstruct(
         self,
@@ -163,15 +177,15 @@ class GGCDM:
         if self.restarts > 1:
             diagnostics["chain_spread_rms"] = float(images.var(0).mean().sqrt())
         snapshots = chain.kept()
-        if self.average or (self.average is None and self.guidance == "posterior"):
-            images, snapshots = images.mean(0, keepdim=True), snapshots.mean(1, keepdim=True)
+        if self.averages:
+            images = images.mean(0, keepdim=True)
         images = images.clamp(0.0, 1.0)
         final = chain.distances(images)
         best = 0 if self.guidance == "none" else int(final.nan_to_num(math.inf).argmin())
-        history = torch.stack([*chain.history, final if len(final) == self.restarts else final.expand(self.restarts)])
+        history = torch.stack([*chain.history, final])
         match = Match(
             guess={"images": images[best]},
-            losses=tuple(history[:, min(best, self.restarts - 1)].tolist()),
+            losses=tuple(history[:, best].tolist()),
             steps=len(chain.history),
             restart_losses=tuple(final.tolist()),
         )
@@ -251,15 +265,18 @@ class Chain:
     def _norms(self, losses: Tensor) -> Tensor:
         return (losses / self.silence + torch.finfo(losses.dtype).tiny).sqrt()
 
-    def told(self, number: int, losses: Tensor, clean: Tensor) -> None:
-        """The distances (R,) of the clean images (R,…) of a step, in [−1, 1]."""
-        self.history.append(losses.detach())
+    def told(self, number: int, clean: Tensor, losses: Tensor | None = None) -> None:
+        """The clean images (R,…) of a step, in [−1, 1], and their distances (R,) where known; of an average, their mean's."""
+        images = 0.5 + 0.5 * clean.detach()
+        if self.attack.averages:
+            images, losses = images.mean(0, keepdim=True), None
+        self.history.append(self.distances(images.to(self.problem.dtype)) if losses is None else losses.detach())
         if number in self.due:
-            self._snapshots.append((0.5 + 0.5 * clean.detach().float()).clamp(0.0, 1.0))
+            self._snapshots.append(images.float().clamp(0.0, 1.0))
         self._progress(number + 1, len(self.times), float(self.history[-1].min()))
 
     def kept(self) -> Tensor:
-        """(S,R,B,C,H,W): the clean images of the steps `due`, in [0, 1]."""
+        """(S,R,B,C,H,W): the clean images of the steps `due`, in [0, 1]; of an average, their mean (S,1,…)."""
         return torch.stack(self._snapshots)
 
     def moved(self, x: Tensor, clean: Tensor, now: int, then: int) -> tuple[Tensor, float]:
@@ -293,7 +310,7 @@ def by_gradient(chain: Chain) -> tuple[Tensor, dict[str, float]]:
                 left = 1.0 - number / len(chain.times)
                 share = attack.mixing * (left if attack.mixing_schedule == "linear" else 1.0)
                 x = mean + on_the_sphere(sigma * chain.noise(), slope, sigma, share)
-        chain.told(number, distance, clean)
+        chain.told(number, clean, distance)
     return 0.5 + 0.5 * x.detach().to(chain.problem.dtype), {}
 
 
@@ -334,7 +351,7 @@ def by_posterior(
         clean = clean.clamp(-1.0, 1.0) if attack.clip else clean
         mean, noise = chain.moved(x, clean.to(x.dtype), now, then)
         x = mean + noise * chain.noise()
-        chain.told(number, chain.distances(0.5 + 0.5 * clean), clean)
+        chain.told(number, clean)
     assert likelihood is not None
     images = 0.5 + 0.5 * basis.back(means.reshape(x.shape))
     diagnostics = {

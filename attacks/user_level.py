@@ -128,7 +128,10 @@ class UserLevel:
         schedule = ("start", "steps", "optimizer", "learning_rate", "annealing", "t_min", "jitter", "draws")
         shared = (*schedule, "jacobian", "final_steps")
         evaluations = self.steps * self.restarts
-        return usual_controls(self, shared=shared, alone={"guidance": "none"}, evaluations=evaluations)
+        jacobians = self.guidance == "posterior"
+        return usual_controls(
+            self, shared=shared, alone={"guidance": "none"}, evaluations=evaluations, jacobians=jacobians
+        )
 
     def reconstruct(
         self,

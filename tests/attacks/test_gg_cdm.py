@@ -192,11 +192,12 @@ def test_guidance_comes_closer_to_the_update_than_none(patches, settings):
         {"restarts": 3},
         {"guidance": "dps", "sampling_steps": 5},
         {"guidance": "posterior", "average": False, "iterations": 1},
+        {"guidance": "none", "restarts": 3, "average": True, "sampling_steps": 4},
     ],
     ids=lambda settings: " ".join(str(value) for value in settings.values()),
 )
 def test_the_way_is_that_of_the_kept_chain(random_images, settings):
-    """The distance of every snapshot from the update, computed anew, is the loss of its step; the last is the result."""
+    """The distance of every snapshot, or of the chains' mean, computed anew, is its step's loss; the last is the result."""
     model, update, knowledge = victim(random_images(SHAPE), sigma=0.1)
     known = replace(knowledge, labels=torch.tensor([2]))
     found = attack(model, update, known, **{"sampling_steps": 30, "precision": "float64"} | settings)
@@ -230,6 +231,24 @@ def test_controls_are_named_by_the_attack():
         ("peer", "inverting-gradients", {"iterations": 60}),
     ]
     assert GGCDM(**controls[0].parameters).controls() == ()
+
+
+def test_the_controls_of_an_average_and_of_a_start_are_as_strong_as_they():
+    """The prior alone averages too; its peer gets no less than its default, or the evaluations that were counted."""
+
+    def found(**settings):
+        alone, _, _, *peers = GGCDM(sampling_steps=10, **settings).controls()
+        return alone.parameters, [(peer.kind, peer.attack, peer.parameters) for peer in peers]
+
+    matching = ("peer", "inverting-gradients")
+    averaged = {"guidance": "none", "sampling_steps": 10, "restarts": 3, "average": True}
+    assert found(guidance="posterior", restarts=3) == (averaged, [(*matching, {})])
+    assert found(average=True, restarts=3) == (averaged, [(*matching, {"iterations": 30})])
+    single = {"guidance": "none", "sampling_steps": 10}
+    assert found(guidance="posterior") == (single, [(*matching, {})])
+    assert found(guidance="posterior", restarts=481, average=False) == (single, [(*matching, {"iterations": 4810})])
+    started = found(start_from="second-order(restarts=2)")
+    assert started == (single, [(*matching, {"iterations": 10}), ("peer", "second-order", {"restarts": 2})])
 
 
 def test_a_chain_starts_where_another_attack_ended(patches):
