@@ -171,6 +171,7 @@ class AttackSettings(BaseModel):
     name: str
     controls: bool | None = Field(
         None,
+        strict=True,
         description="whether to add the attack's controls; by default all that are possible; false once they are added",
     )
     control: Literal["", ControlKind] = Field("", description="what kind of control this is; set for the added ones")
@@ -448,8 +449,11 @@ def check_settings(settings: Settings, source: _Source | None = None) -> list[st
             if not isinstance(error, UnknownName):
                 problems.append(source.at(f"{key}: {error}"))
             continue
-        if attack.controls:
-            problems.append(source.at(f"{key}: {attack.name} has no controls: it makes no images with a prior"))
+        if attack.controls is not False and not attack.control:
+            named, wrong = _controls_of({"name": attack.name, **attack.parameters}, settings.task.name)
+            problems.extend(source.at(f"{key}: {problem}") for problem in wrong)
+            if attack.controls and not named and not wrong:
+                problems.append(source.at(f"{key}: {attack.name} names no controls with these settings"))
         if attack.control == UNRELATED and (reason := _no_other_update(federation, settings.capture)):
             problems.append(source.at(reason))
         if settings.task.name in TASKS and settings.task.name not in found.tasks:
@@ -463,10 +467,11 @@ def controls_left_out(settings: Settings, attack: AttackSettings) -> dict[str, s
         return {}
     there = {_identity(other.model_dump()) for other in settings.attack}
     reasons = {UNRELATED: _no_other_update(settings.federation, settings.capture)}
+    refused = attack.controls is False and not any(attack.spec in other.control_of for other in settings.attack)
+    why = "controls = false" if refused else "not planned in this run"
     return {
-        (table["name"] if table["control"] == PEER else table["control"]): reasons.get(table["control"])
-        or "controls = false"
-        for table in _controls_of({"name": attack.name, **attack.parameters}, settings.task.name)
+        (table["name"] if table["control"] == PEER else table["control"]): reasons.get(table["control"]) or why
+        for table in _controls_of({"name": attack.name, **attack.parameters}, settings.task.name)[0]
         if _identity(table) not in there
     }
 
@@ -617,11 +622,12 @@ def _with_controls(tables: Sequence[Any], raw: Options) -> list[Any]:
     added: dict[str, Options] = {}
     of: dict[str, list[str]] = {}
     for table in tables:
-        asked: bool | None = False
+        asked: Any = False
         if isinstance(table, dict) and not table.get("control"):  # a resolved file says what is no control, too
             asked = table.get("controls", False if "control" in table else None)
-        controls = _controls_of(table, _task_name(raw)) if asked is not False else []
-        written.append(table | {"controls": False} if controls else table)
+        acts = asked is None or asked is True  # what is no truth value is refused where settings are validated
+        controls, wrong = _controls_of(table, _task_name(raw)) if acts else ([], [])
+        written.append(table | {"controls": False} if controls and not wrong else table)
         for control in controls:
             if asked or control["control"] != UNRELATED or not alone:
                 added.setdefault(_identity(control), control)
@@ -640,20 +646,29 @@ def _identity(table: Options) -> str:
     return json.dumps([kind, table.get("name"), _bare(table)], sort_keys=True, default=str)
 
 
-def _controls_of(table: Options, task: str) -> list[Options]:
-    """The controls that an attack names, as attack tables; those that do not attack the task are left out."""
+def _controls_of(table: Options, task: str) -> tuple[list[Options], list[str]]:
+    """The controls that an attack names, as attack tables, without those that do not attack the task; and what is wrong."""
     try:
         attack = ATTACKS.create(str(table.get("name")), **_bare(table))
-        named: Sequence[Control] = attack.controls() if hasattr(attack, "controls") else ()
-        made = []
-        for control in named:
-            name = control.attack or table["name"]
-            if task in ATTACKS.get(name).tasks:
-                parameters = _bare(table) if control.parameters is None else dict(control.parameters)
-                made.append({"name": name, **parameters, "control": control.kind})
-    except Exception:  # whatever is wrong with the attack is reported where it is checked
-        return []
-    return made
+    except (FedattackError, TypeError):  # reported where the attack itself is checked
+        return [], []
+    at = f"controls of {table['name']}"
+    try:
+        named: Sequence[Control] = tuple(attack.controls()) if hasattr(attack, "controls") else ()
+    except Exception as error:  # whatever a plugin raises
+        return [], [f"{at}: {type(error).__name__}: {error}"]
+    made, wrong = [], []
+    for control in named:
+        name = control.attack or table["name"]
+        try:
+            found = ATTACKS.get(name)
+        except (FedattackError, ImportError) as error:
+            wrong.append(f"{at}: {error}")
+            continue
+        if task in getattr(found, "tasks", (task,)):  # what is no attack is reported where it is checked
+            parameters = _bare(table) if control.parameters is None else dict(control.parameters)
+            made.append({"name": name, **parameters, "control": control.kind})
+    return made, wrong
 
 
 def _task_name(raw: Options) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from attacks.gg_cdm import GGCDM
 from experiments.campaign import run_campaign
 from fedattack.config import UNRELATED, ConfigError, controls_left_out, load_config, parse_config, to_toml
 from fedattack.data import load_dataset
@@ -16,6 +17,7 @@ from fedattack.prior_training import PriorSettings, train_prior
 from fedattack.registry import format_spec
 from fedattack.scoring import score_run
 from fedattack.store import RunFolder, load_reconstruction, read_rows, read_tensors
+from fedattack.types import Control
 
 SETTINGS = {"guidance": "posterior", "sampling_steps": 4, "linearisations": 1}
 
@@ -44,10 +46,14 @@ def config(prior, **changes):
 
 @pytest.fixture(scope="module")
 def finished(prior, tmp_path_factory):
-    """(run, rows, page) of three clients that are attacked with controls."""
+    """(run, rows, page) of three clients that are attacked with controls, gradient matching cut short."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    summary = run_campaign(config(prior), tmp_path_factory.mktemp("runs") / "run")
+    made = config(prior)
+    *attacks, matching = made.cells[0].attack
+    short = type(matching)(**matching.model_dump() | {"iterations": 4})
+    made = made.model_copy(update={"cells": (made.cells[0].model_copy(update={"attack": (*attacks, short)}),)})
+    summary = run_campaign(made, tmp_path_factory.mktemp("runs") / "run")
     torch.set_num_threads(threads)
     return summary.run, list(read_rows(summary.run.rows)), summary.report.read_text()
 
@@ -60,7 +66,7 @@ def test_one_setting_adds_both_controls_and_survives_a_round_trip(prior, tmp_pat
         ("gg-cdm, prior-alone", {"sampling_steps": 4, "guidance": "none"}),
         ("gg-cdm, unrelated-update", SETTINGS),
         ("linear-leak", {}),
-        ("inverting-gradients", {"iterations": 4}),
+        ("inverting-gradients", {}),
     ]
     of = format_spec("gg-cdm", SETTINGS)
     assert [attack.control_of for attack in cell.attack] == [(), *[(of,)] * 4]
@@ -142,8 +148,44 @@ def test_controls_that_cannot_be_are_refused(prior):
     with pytest.raises(ConfigError, match=r"config: federation\.mods: must be without secaggplus .* \(controls\)"):
         config(prior, federation={"clients": 3, "rounds": 1, "protocol": "fedavg", "mods": ["secaggplus"]})
     assert len(config(prior, capture={"clients": [0, 2]}).cells[0].attack) == 5
-    with pytest.raises(ConfigError, match=r"attack\[0\]: dlg has no controls"):
-        config(prior, attack=[{"name": "dlg", "controls": True}])
+    for bare in ({"name": "dlg"}, {"name": "gg-cdm", "guidance": "none"}):
+        with pytest.raises(ConfigError, match=rf"attack\[0\]: {bare['name']} names no controls with these settings"):
+            config(prior, attack=[{**bare, "controls": True}])
+
+
+@pytest.mark.parametrize("written", ["yes", 1, 0])
+def test_only_true_and_false_say_something_of_controls(prior, written):
+    with pytest.raises(ConfigError, match=r"attack\.0\.controls: Input should be a valid boolean"):
+        config(prior, attack=[{"name": "gg-cdm", "controls": written}])
+
+
+@pytest.mark.parametrize("asked", [{}, {"controls": True}], ids=["by default", "asked"])
+def test_what_is_wrong_with_controls_is_listed_with_all_else(prior, monkeypatch, asked):
+    """An unknown peer, wrong parameters of another, an error of the attack's own; without controls none of them matters."""
+    bad = {"name": "gg-cdm", **asked}
+    others = [{"name": "dlg", "no_such": 1}]
+    peers = (Control("peer", "linear-leek", {}), Control("peer", "linear-leak", {"agremeent": 1.0}))
+    monkeypatch.setattr(GGCDM, "controls", lambda _: peers)
+    with pytest.raises(ConfigError) as found:
+        config(prior, attack=[bad, *others])
+    listed = str(found.value).splitlines()
+    assert len(listed) == 3
+    assert "config: attack[0]: controls of gg-cdm: attack must be" in listed[0]
+    assert "did you mean 'linear-leak'" in listed[0]
+    assert "attack[1]: unknown parameter 'no_such'" in listed[1]
+    assert "attack[2]: unknown parameter 'agremeent'" in listed[2]
+    (cell,) = config(prior, attack=[{"name": "gg-cdm", "controls": False}]).cells
+    assert controls_left_out(cell, cell.attack[0]) == {"linear-leak": "controls = false"}
+
+    def broken(_):
+        raise KeyError("no such table")
+
+    monkeypatch.setattr(GGCDM, "controls", broken)
+    with pytest.raises(ConfigError) as found:
+        config(prior, attack=[bad, *others])
+    assert "config: attack[0]: controls of gg-cdm: KeyError: 'no such table'" in str(found.value).splitlines()
+    assert "attack[1]: unknown parameter 'no_such'" in str(found.value)
+    assert len(config(prior, attack=[{"name": "gg-cdm", "controls": False}]).cells[0].attack) == 1
 
 
 def test_every_update_has_both_controls_as_baselines(finished):
@@ -171,7 +213,8 @@ def test_rows_say_what_they_are_controls_of(finished):
         ("inverting-gradients", "attack", "peer"),
     }
     assert min(row["psnr_db"][0] for row in rows if row["attack"] == "linear-leak") > 60.0
-    assert not any("controls_left_out" in row for row in rows)
+    left_out = {row["attack"]: row["controls_left_out"] for row in rows if "controls_left_out" in row}
+    assert left_out == {"gg-cdm": {"inverting-gradients": "not planned in this run"}}  # that one was cut short
     assert "control of gg-cdm" in page
 
 
