@@ -200,8 +200,7 @@ class Floors:
         found: FloorRow = read_json(kept) if kept.exists() else {}
         if not self._settled(found):
             computed = self._computed(target, progress)
-            best: FloorRow = max(computed, found, key=_worth)
-            found = {name: computed[name] for name in RV_FACTS if name in computed} | best
+            found = _better(found, computed)
             write_json(kept, finite(found))
         return _with_noise(found, target, self._db, self._rv)
 
@@ -210,10 +209,12 @@ class Floors:
         try:
             return facts | asdict(target.compute(self._method, self._seconds, progress)) | {"reason": ""}
         except NotApplicable as reason:
-            facts |= {"status": UNAVAILABLE, "reason": str(reason), "jacobian_norm": None}
-        if self._rv and facts["reason"].startswith(SKIPPED):
-            with suppress(NotApplicable):
-                facts |= target.jacobian_norm(self._seconds)
+            facts |= {"status": UNAVAILABLE, "reason": str(reason)}
+        if self._rv:
+            facts["jacobian_norm"] = None
+            if facts["reason"].startswith(SKIPPED):
+                with suppress(NotApplicable):
+                    facts |= target.jacobian_norm(self._seconds)
         return facts
 
     def _settled(self, found: FloorRow) -> bool:
@@ -225,6 +226,14 @@ class Floors:
         same = found["asked"] == self._method
         spent = math.inf if found["seconds"] is None else found["seconds"]  # JSON knows no infinity
         return same and (self._method in ("exact", "sketch") or spent >= self._seconds * (1 - 1e-9))
+
+
+def _better(kept: FloorRow, computed: FloorRow) -> FloorRow:
+    """What is kept where it is a floor as good as the one computed; and RV of the other one where it has none."""
+    first, second = (kept, computed) if _worth(kept) >= max(_worth(computed), 1) else (computed, kept)
+    if first.get("jacobian_norm") is not None:
+        return first
+    return first | {name: second[name] for name in RV_FACTS if name in second}
 
 
 def _worth(found: FloorRow) -> int:

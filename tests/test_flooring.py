@@ -160,6 +160,9 @@ def test_where_a_floor_takes_too_long_rv_is_estimated(campaign, tmp_path):
     assert not any("rv" in row for row in rows("score.floor_seconds=6e-3", "score.rv=false"))
     assert not any("rv" in row for row in rows("score.floor_seconds=1e-9"))
     assert not any("rv" in row for row in rows("score.rv=false"))
+    for before in (["score.floor_seconds=6e-3", "score.rv=false"], ["score.floor_seconds=1e-9"]):
+        rows(*before)
+        assert any("rv" in row for row in score_run(run, experiment("score.floor_seconds=6e-3")))
 
 
 def test_no_attack_beats_it_by_more_than_chance(campaign):
@@ -198,6 +201,19 @@ def test_a_better_floor_replaces_a_bound_and_never_the_other_way_round(campaign,
     assert row("exact", 1.0)["status"] == "exact"
     assert row("probes", 0.01)["status"] == "exact"
     assert json.loads(kept.read_text())["rms_per_sigma"] == json.loads(exact)["rms_per_sigma"]
+
+
+def test_a_kept_floor_without_rv_gets_it_and_stays(campaign, tmp_path):
+    """As good a floor is no reason to replace it, and RV that is computed later is written beside it."""
+    run, wanted = RunFolder(shutil.copytree(campaign[0].path, tmp_path / "run")), campaign[1]
+    settings = wanted.cells[0]
+    path = updates_of(run.federation(settings.federation_id))[0]
+    kept = run.floors / f"{target_of(run, settings, path).key}.json"
+    exact = json.loads(kept.read_text())
+    old = {name: value for name, value in exact.items() if not name.startswith("jacobian")} | {"condition": 123.0}
+    kept.write_text(json.dumps(old))
+    assert Floors(run, wanted).row(settings, path)["rv"] == pytest.approx(exact["jacobian_norm"])
+    assert json.loads(kept.read_text()) == exact | {"condition": 123.0}
 
 
 def test_no_time_limit_is_remembered_as_none(campaign, tmp_path, monkeypatch):
