@@ -73,6 +73,7 @@ def levenberg_marquardt(
     *,
     iterations: int,
     tolerance: float,
+    significant: float = 0.0,
     damping: float = 1e-3,
     box: tuple[Tensor, Tensor] | None = None,
     told: Callable[[int, float], None] = lambda iteration, cost: None,
@@ -80,8 +81,9 @@ def levenberg_marquardt(
     """Damped Gauss-Newton steps from `start` until ‖ρ‖² ≤ tolerance, or it stalls, or `iterations` trials are made.
 
     Source: Levenberg 1944, Marquardt 1963; the damping follows the gain ratio as in Nielsen, IMM-REP-1999-05.
-    damping: of the first step, in units of the largest diagonal entry of JᵀJ. box: every trial is clamped into it.
-    `told(iteration, cost)` hears of every trial, accepted or not.
+    significant: a step that promises less than this ends the search: where ρ is in units of the noise, 1 says that no more than
+    noise is left to gain. damping: of the first step, in units of the largest diagonal entry of JᵀJ. box: every trial is
+    clamped into it. `told(iteration, cost)` hears of every trial, accepted or not.
     """
     x, point = start, at(start)
     cost = _squared(point.residual)
@@ -116,7 +118,7 @@ def levenberg_marquardt(
         if cost <= tolerance:
             reason = "tolerance"
             break
-        if gain > 0 and expected <= SETTLED * cost:
+        if gain > 0 and expected <= max(SETTLED * cost, significant):
             reason = "settled"
             break
         if len(costs) > PATIENCE and cost > STALLED * costs[-1 - PATIENCE]:

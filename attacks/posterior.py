@@ -34,6 +34,9 @@ ROUNDING = 4.0
 GUESSES = 3
 """Times that an unknown noise level is read off the residuals at the first linearisation; once at each later one."""
 
+SIGNIFICANT = 1.0
+"""What a step must promise in units of the noise, or the search for the point of linearisation ends."""
+
 CONVERGED = 1e-4
 """How exactly conjugate gradients solve."""
 
@@ -147,7 +150,8 @@ def linearise(
 
     for _ in range(1 if sigma is not None or assumed is not None else GUESSES):
         if iterations:
-            found = levenberg_marquardt(at, (point - anchor) / spread, iterations=iterations, tolerance=0.0)
+            begin = (point - anchor) / spread
+            found = levenberg_marquardt(at, begin, iterations=iterations, tolerance=0.0, significant=SIGNIFICANT)
             point, trials = anchor + spread * found.x, trials + len(found.costs) - 1
         with torch.no_grad():
             misfit = float((equations.simulated(point) - equations.observed).square().sum())

@@ -100,6 +100,20 @@ def test_conjugate_gradients_see_the_extreme_singular_values():
     assert values[-1] < short.extremes[1] < short.extremes[0] < values[0]
 
 
+def test_a_search_ends_where_a_step_promises_too_little():
+    """x³ = 8 and x = 2, from 10: Newton's way down to steps that gain almost nothing."""
+
+    def at(x):
+        return Dense.at(lambda x: torch.cat([x**3 - 8.0, x - 2.0]), x, 8)
+
+    start = torch.tensor([10.0], dtype=torch.float64)
+    whole = levenberg_marquardt(at, start, iterations=60, tolerance=0.0)
+    short = levenberg_marquardt(at, start, iterations=60, tolerance=0.0, significant=1.0)
+    assert short.reason == "settled"
+    assert len(short.costs) < len(whole.costs)
+    assert float(whole.costs[-1]) < 1e-12 < float(short.costs[-1]) < 1.0
+
+
 def test_a_box_is_kept():
     solution = levenberg_marquardt(
         lambda x: Dense.at(rosenbrock, x, 2),
