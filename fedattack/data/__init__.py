@@ -58,7 +58,7 @@ OWN_LABEL = "class"
 """Stands for the classes that a data set was loaded with."""
 
 
-def label_columns(name: str, **parameters: Any) -> tuple[str, ...] | None:
+def label_columns(name: str, /, **parameters: Any) -> tuple[str, ...] | None:
     """What `with_label` finds in a data set, as far as that shows before its images are read; None where only reading tells."""
     from fedattack.data.npz import columns
     from fedattack.registry import DATASETS as REGISTRY
@@ -71,7 +71,7 @@ def label_columns(name: str, **parameters: Any) -> tuple[str, ...] | None:
     return None if "label" in parameters_of(loader) else (OWN_LABEL,)
 
 
-def with_label(splits: Splits, column: str, name: str, **parameters: Any) -> Splits:
+def with_label(splits: Splits, column: str, name: str, /, **parameters: Any) -> Splits:
     """The same images in the same order, labelled by another column: "identity" is who is on them (`users`), "class" what they
     are labelled by already; anything else the loader is asked for. name, parameters: what `splits` was loaded with.
 
