@@ -29,8 +29,14 @@ SAME = 3.0
 """Levels of 255. Measured on LFW, CelebA, Imagenette and CIFAR-10: copies resized to 16 to 64 pixels are within 3.5 (nearly all
 within 2); 99 in a hundred images have their nearest different one of 1,500 more than 12 away (dark patches: 3.4)."""
 
+COPY = 10.0
+"""Levels of 255: JPEG at quality 75 changes small photographs by less."""
+
 CHUNK = 1 << 26
 """How many numbers a table of differences may hold at a time."""
+
+PAIRS = 512
+"""How many pairs of whole images are compared at a time."""
 
 POOLED = 1 << 24
 """How many numbers the images that are pooled at a time may take, at SIDE² times their pixels."""
@@ -105,6 +111,27 @@ def overlap(images: Tensor, prior: str) -> dict[str, Any]:
         "nearest_levels": float(nearest.min()),
         "tolerance_levels": SAME,
     }
+
+
+def copies(pixels: Tensor, others: Tensor) -> Tensor:
+    """(N,) bool: which images (N,C,H,W) uint8 are, up to recompression and mirroring, among `others` (M,C,H,W) uint8:
+    thumbnails within SAME and whole images within COPY levels, both root mean square."""
+    return _copies(pixels, others) | _copies(pixels.flip(-1), others)
+
+
+def _copies(pixels: Tensor, others: Tensor) -> Tensor:
+    found = torch.zeros(len(pixels), dtype=torch.bool)
+    if not len(pixels) or not len(others):
+        return found
+    a, b = thumbnails(pixels).flatten(1).float(), thumbnails(others).flatten(1).float()
+    limit = SAME * a.shape[1] ** 0.5
+    for start in range(0, len(a), PAIRS):
+        near = torch.cdist(a[start : start + PAIRS], b, compute_mode="donot_use_mm_for_euclid_dist") <= limit
+        for pairs in torch.split(near.nonzero(), PAIRS):
+            rows, columns = pairs[:, 0] + start, pairs[:, 1]
+            levels = (pixels[rows].float() - others[columns].float()).flatten(1).square().mean(1).sqrt()
+            found[rows[levels <= COPY]] = True
+    return found
 
 
 def _nearest(some: Tensor, known: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fedattack.config import AttackSettings, Experiment, Settings, controls_left_out
-from fedattack.errors import FedattackError, MissingDependency, NotApplicable
+from fedattack.errors import FedattackError, MissingDependency, NotApplicable, must
 from fedattack.flooring import UNAVAILABLE, FloorRow, Floors
 from fedattack.jobs import Job, load_outcome, reconstruction_path
 from fedattack.metrics import baselines, batch_mean, matched_images, psnr_db, score, ssim
@@ -74,7 +74,7 @@ def _cell_rows(
             yield row if floor is None else row | _floored(row, floor)
         if truth is not None and folder.public_images.exists() and settings.attack:
             for row, images in _baseline_rows(run, settings, folder, update_path, truth, lpips, one_for_all):
-                yield row | recognitions.beside(row, settings, truth, images)
+                yield row | recognitions.beside(row, settings, truth, images, one_for_all=one_for_all)
 
 
 def _about_controls(settings: Settings, attack: AttackSettings) -> Row:
@@ -149,7 +149,10 @@ def _attack_row(
             row["represents"] = found.represents
         row |= _scored(run, job_name, found, truth, lpips)
         if truth is not None and row["status"] == "ok" and found.trajectory is not None:
-            row["trajectory"] = _along_the_way(run, job_name, found, row["assignment"], truth["images"], lpips)
+            if wrong := _malformed(found):
+                row["missing"] = row["missing"] | {"trajectory": wrong}
+            else:
+                row["trajectory"] = _along_the_way(run, job_name, found, row["assignment"], truth["images"], lpips)
         if truth is not None and (shared := overlap(truth["images"], str(job.knowledge.get("prior", "")))):
             row["prior_overlap"] = shared
         if "labels" in row["oracles"]:
@@ -216,6 +219,21 @@ def _scored(
             "reconstruction": _pictures(run, job, shown),
         }
     }
+
+
+def _malformed(found: Reconstruction) -> str:
+    """What is wrong with the images that the attack kept of its way, "" for nothing."""
+    way, steps, shape = found.trajectory, found.trajectory_steps, tuple(found.images.shape)
+    assert way is not None
+    if tuple(way.shape[1:]) != shape or not len(way):
+        return must("trajectory", f"images of several steps, each of shape {shape}", tuple(way.shape))
+    if not way.is_floating_point():
+        return must("trajectory", "floating-point", way.dtype)
+    if not bool(((way >= 0) & (way <= 1)).all()):
+        return must("trajectory", "in [0, 1]", f"{float(way.min())} to {float(way.max())}")
+    if len(steps) != len(way):
+        return must("trajectory_steps", f"{len(way)} numbers, one for each of its images", len(steps))
+    return ""
 
 
 def _along_the_way(

@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from experiments.campaign import run_campaign
+from fedattack import scoring
 from fedattack.config import Settings, parse_config
 from fedattack.data import label_columns, load_dataset, with_label
 from fedattack.errors import ConfigError, FedattackError, MissingDependency, NotApplicable
+from fedattack.metrics import match_batch
+from fedattack.provenance import copies
 from fedattack.recognition import (
+    MANY,
     NO_TRUTH,
     NOT_THERE,
     SEVERAL,
@@ -23,10 +27,11 @@ from fedattack.recognition import (
     _Judge,
     _looked_up,
     _majority,
+    recognise_problems,
 )
-from fedattack.recognition_probes import Features, Probe, copies, degraded, detect_faces, parse_task
+from fedattack.recognition_probes import NOISE, Features, Probe, degraded, detect_faces, parse_task, raw_features
 from fedattack.report import build_report
-from fedattack.report.recognition import recognised_tables
+from fedattack.report.recognition import _figure, recognised_tables
 from fedattack.scoring import score_run
 from fedattack.seeding import derive_generator
 from fedattack.store import read_rows
@@ -55,8 +60,8 @@ def judge(path, **options):
     return _Judge(Settings(data={"dataset": f"npz:{path}", "options": options}))
 
 
-def asked(found: _Judge, tasks, images: Tensor, truth: Tensor, one_for_all=False):
-    return found.all_of(tasks, list(images), truth, one_for_all)
+def asked(found: _Judge, tasks, images: Tensor, truth: Tensor, pairs="given"):
+    return found.all_of(tasks, list(images), truth, pairs)
 
 
 # ------------------------------------------------------------------------------------------------ what is asked
@@ -94,6 +99,32 @@ def test_a_set_without_further_labels_knows_its_classes_only():
     with pytest.raises(ConfigError, match="label of patches to recognise must be one of class, got 'identity'"):
         parse_config({"score": {"recognise": ["identity"]}})
     assert parse_config({"score": {"recognise": ["attribute:class"]}}).score.recognise == ("attribute:class",)
+
+
+def test_a_column_may_be_missing_from_one_data_set_of_two_of_the_same_name(tmp_path):
+    people = people_file(tmp_path / "people.npz")
+    archive = dict(np.load(people))
+    np.savez(tmp_path / "nameless.npz", x=archive["x"], male=archive["male"])
+    cells = [
+        Settings(data={"dataset": "npz", "options": {"path": str(path)}})
+        for path in (people, tmp_path / "nameless.npz")
+    ]
+    assert recognise_problems(["identity"], cells) == []
+    assert recognise_problems(["identity"], cells[::-1]) == []
+    assert len(recognise_problems(["identity"], cells[1:])) == 1
+
+
+def of_that_name(name: str = "x", column: str = "y", splits: int = 1):
+    """A data set whose options have the names that `with_label` gives its own parameters."""
+    return load_dataset("patches", image_size=8, max_per_picture=2 * splits)
+
+
+def test_options_of_a_data_set_may_have_any_name():
+    options = {"name": "a", "column": "b", "splits": 2}
+    loader = f"{__name__}:of_that_name"
+    assert label_columns(loader, **options) == ("class",)
+    splits = of_that_name()
+    assert with_label(splits, "class", loader, **options) is splits
 
 
 def test_labels_of_another_column_belong_to_the_same_images(tmp_path):
@@ -180,6 +211,28 @@ def test_one_picture_for_everybody_scores_its_own_expectation(tmp_path):
     assert sum(commonest) / len(commonest) == pytest.approx(facts["attribute:male"]["chance"])
 
 
+def test_pairs_that_the_truth_chose_come_without_a_chance_level(campaign):
+    """Unrelated pictures in batches of 8, each put beside the true image it is nearest to: they must stay within the bounds
+    of the chance that stands beside them, or none may stand there."""
+    run, experiment = campaign
+    splits = judge(run.path.parent / "people.npz", label="male")._splits
+    generator, hits, expected = derive_generator(0, "batches"), 0, []
+    for number in range(4):
+        truth = splits.private.images(torch.randperm(len(splits.private), generator=generator)[:8])
+        pictures = splits.test.images(torch.randperm(len(splits.test), generator=generator)[:8])
+        row = {"status": "ok", "job": f"unrelated-{number}", "assignment": match_batch(pictures, truth).tolist()}
+        found = Recognitions(run, experiment).beside(row, experiment.cells[0], {"images": truth}, pictures)
+        for task in ("identity", "attribute:male"):
+            facts = found["recognised"][task]
+            assert "chance" not in facts or "expected" in facts
+        hits += sum(facts["hit"])
+        expected += facts.get("expected", [])
+    assert hits > 18, "matching favours pictures that have nothing to do with the truth"
+    if expected:
+        assert abs(hits - sum(expected)) < 3 * math.sqrt(32 / 4)
+    assert facts["pairs"] == "chosen"
+
+
 def test_grey_pictures_and_odd_sizes(tmp_path):
     found = judge(people_file(tmp_path / "grey.npz", size=(7, 5), grey=True))
     assert found._splits.image_shape == (1, 7, 5)
@@ -221,6 +274,36 @@ def test_components_keep_all_distances_between_the_images_they_were_made_of():
     torch.testing.assert_close(torch.cdist(points, points), torch.cdist(raw, raw))
 
 
+def test_activations_are_kept_of_few_images_at_a_time(monkeypatch):
+    asked_for = []
+
+    def activations(images):
+        asked_for.append(len(images))
+        return tuple(images * (1 + layer) for layer in range(7))
+
+    monkeypatch.setattr("fedattack.recognition_probes.perceptual_features", activations)
+    images = torch.rand((150, 3, 64, 64), generator=derive_generator(0, "x"))
+    blocks = raw_features(images, "squeezenet")
+    assert max(asked_for) <= 64
+    assert sum(asked_for) == 150
+    for block, factor in zip(blocks, (2, 3), strict=True):
+        pooled = torch.nn.functional.adaptive_avg_pool2d(images * factor, 4).flatten(1)
+        torch.testing.assert_close(block, pooled)
+
+
+def test_degraded_copies_are_made_of_few_images_at_a_time(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "fedattack.recognition.degraded", lambda images, **k: seen.append(len(images)) or degraded(images, **k)
+    )
+    found = judge(people_file(tmp_path / "many.npz", each=120), public_fraction=0.6)
+    space, points = found._features
+    public = found._splits.public.images(found._gallery[0])
+    assert len(public) > 64 >= max(seen)
+    assert len(points) == 3 * len(public)
+    torch.testing.assert_close(points[: len(public)], space(public))  # first the images as they are
+
+
 # ------------------------------------------------------------------------------------------------ galleries
 def test_copies_are_found_after_recompression_and_others_are_not():
     import io
@@ -234,6 +317,7 @@ def test_copies_are_found_after_recompression_and_others_are_not():
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=85)
         again.append(torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1))
     assert copies(torch.cat([torch.stack(again), pixels[4:12]]), pixels[:4]).tolist() == [True] * 4 + [False] * 8
+    assert copies(pixels.flip(-1)[:8], pixels[:4]).tolist() == [True] * 4 + [False] * 4  # mirrored
     assert copies(pixels, pixels[:0]).tolist() == [False] * 20
 
 
@@ -282,6 +366,16 @@ def test_people_without_public_images_are_left_out_and_counted(tmp_path):
     assert values["left_out"] == {STRANGER: 1}
 
 
+def test_where_public_images_were_drawn_the_reason_says_so(tmp_path, monkeypatch):
+    found = judge(people_file(tmp_path / "people.npz", people=6, each=12))
+    monkeypatch.setattr("fedattack.recognition.MOST_PUBLIC", 3)
+    truth = found._splits.private.images()
+    values = asked(found, ("identity",), truth, truth)["recognised"]["identity"]
+    total = len(found._splits.public)
+    assert (values["public_images"], values["drawn_of"]) == (3, total)
+    assert list(values["left_out"]) == [f"{STRANGER} among the 3 drawn of {total}"]
+
+
 def _split_of(x, folder, archive, seed):
     identity = np.concatenate([archive["identity"], [102]])
     np.savez(folder / "three.npz", x=x, identity=identity, male=np.concatenate([archive["male"], [0]]))
@@ -294,6 +388,19 @@ def test_where_no_person_is_in_two_parts_identity_says_so(tmp_path):
     facts = asked(found, ("identity", "attribute:male"), truth, truth)
     assert facts["missing"] == {"identity": "nobody of the private part is in the public part, by identity"}
     assert set(facts["recognised"]) == {"attribute:male"}
+
+
+def test_what_the_federation_learns_is_marked(tmp_path):
+    path = people_file(tmp_path / "people.npz", people=3)
+    tasks = ("attribute:male", "attribute:class", "identity")
+
+    def learned(**settings):
+        found = _Judge(Settings(data={"dataset": f"npz:{path}", "options": {"label": "male"}}, **settings))
+        truth = found._splits.private.images([0, 1])
+        return [asked(found, tasks, truth, truth)["recognised"][task].get("learned", False) for task in tasks]
+
+    assert learned() == [True, True, False]
+    assert learned(task={"name": "diffusion"}, model={"name": "unet"}) == [False] * 3
 
 
 def test_a_true_image_is_looked_up_by_its_pixels(tmp_path):
@@ -319,12 +426,15 @@ def test_one_image_for_a_batch_stands_for_its_commonest_label(tmp_path):
     zero, one = ((private.labels == label).nonzero().flatten() for label in (0, 1))
     truth = private.images([*zero[:2], one[0]])
     for index, hit in ((zero[5], True), (one[5], False)):
-        values = asked(found, ("identity",), private.images([int(index)]), truth, one_for_all=True)
+        values = asked(found, ("identity",), private.images([int(index)]), truth, "majority")
         assert values["recognised"]["identity"]["hit"] == [hit]
-    gap = found.all_of(("identity",), [None, truth[2]], truth[[0, 2]], False)["recognised"]["identity"]
+        assert not any(name.startswith("expected") for name in values["recognised"]["identity"])
+    male = asked(found, ("attribute:male",), private.images([0]), truth, "majority")["recognised"]["attribute:male"]
+    assert not {"expected", "chance"} & set(male)  # shares are those of single images
+    gap = found.all_of(("identity",), [None, truth[2]], truth[[0, 2]], "given")["recognised"]["identity"]
     assert gap["hit"] == [None, True]
     tied = private.images([int(zero[0]), int(one[0])])
-    values = asked(found, ("identity",), private.images([0]), tied, one_for_all=True)["recognised"]["identity"]
+    values = asked(found, ("identity",), private.images([0]), tied, "majority")["recognised"]["identity"]
     assert (values["hit"], values["left_out"]) == ([None], {TIED: 1})
 
 
@@ -362,7 +472,7 @@ def test_yardsticks_of_faces_stand_beside(tmp_path, monkeypatch):
     monkeypatch.setattr("fedattack.recognition.MOST_FACES", 30)
     found = judge(people_file(tmp_path / "people.npz", size=(20, 16), each=10, noise=3))
     truth = found._splits.private.images([0, 1])
-    values = found.all_of(("face",), [truth[0], None], truth, False)["recognised"]["face"]
+    values = found.all_of(("face",), [truth[0], None], truth, "given")["recognised"]["face"]
     assert values["hit"] == [False, None]
     assert values["chance"] == max(values["noise"], values["non_faces"]) < 0.1
     assert (values["clean"], values["clean_images"]) == (0.0, len(found._splits.test))  # coloured squares are no faces
@@ -410,6 +520,107 @@ def test_kept_values_are_used_again_and_only_for_the_same_pictures(campaign, mon
     truth = {"images": torch.zeros(1, 3, 8, 8)}
     with pytest.raises(pytest.fail.Exception, match="computed again"):
         Recognitions(run, experiment).beside(row, settings, truth)
+
+
+def _once(run, experiment, job):
+    """A row of one picture, whose values are computed unless they were kept for this job."""
+    private = load_dataset(f"npz:{run.path.parent / 'people.npz'}").private.images([0])
+    row = {"status": "ok", "job": job, "assignment": [0]}
+    found = Recognitions(run, experiment).beside(row, experiment.cells[0], {"images": private}, private)
+    path = run.scores / f"{job}--recognised.json"
+    return found, path.read_text() if path.exists() else None
+
+
+def test_what_a_machine_lacks_for_now_is_not_kept(campaign, monkeypatch):
+    run, experiment = campaign
+    tasks = ("face", "identity")
+    experiment = experiment.model_copy(update={"score": experiment.score.model_copy(update={"recognise": tasks})})
+
+    def away(*_, **__):
+        raise MissingDependency("the data set is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedattack.recognition.load_splits", away)
+        found, kept = _once(run, experiment, "away")
+        assert found["missing"]["recognise identity"] == "the data set is away"
+        assert kept is None
+    found, kept = _once(run, experiment, "away")
+    assert found["recognised"]["identity"]["hit"] == [True]
+    assert set(found["missing"]) == {"recognise face"}  # too small: it will be so tomorrow, too
+    assert kept is not None
+    with monkeypatch.context() as patch:
+        patch.setattr("fedattack.recognition.load_splits", away)
+        assert _once(run, experiment, "away") == (found, kept)
+
+
+def test_values_of_better_features_are_not_replaced_by_those_of_worse_ones(campaign, monkeypatch):
+    run, experiment = campaign
+    first, pixels = _once(run, experiment, "features")
+    monkeypatch.setattr("fedattack.recognition_probes.perceptual_features", lambda images: (images,) * 7)
+    with monkeypatch.context() as patch:  # the backbone is there now, but something else is not
+        patch.setattr("fedattack.recognition.load_splits", _raises)
+        assert _once(run, experiment, "features") == (first, pixels)
+    better, kept = _once(run, experiment, "features")
+    assert (first["recognised"]["identity"]["features"], better["recognised"]["identity"]["features"]) == (
+        "pixels", "squeezenet",
+    )  # fmt: skip
+    monkeypatch.undo()
+    assert _once(run, experiment, "features") == (better, kept)
+
+
+def _raises(*_, **__):
+    raise MissingDependency("away")
+
+
+def test_without_photographs_chance_is_not_that_of_noise_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedattack.recognition.load_dataset", _raises)
+    monkeypatch.setattr("fedattack.recognition.MOST_FACES", 2)
+    found = judge(people_file(tmp_path / "people.npz", size=(16, 16), each=10))
+    truth = found._splits.private.images([0])
+    assert asked(found, ("face",), truth, truth)["missing"] == {"face": "away"}
+
+
+def test_the_same_picture_gets_the_same_figures_as_attack_and_as_baseline(campaign):
+    run, experiment = campaign
+    private = judge(run.path.parent / "people.npz")._splits.private
+    truth = private.images([*(private.labels == 1).nonzero().flatten()[:2], *(private.labels == 0).nonzero()[:1, 0]])
+    mean = truth.mean(0, keepdim=True)
+    row = {"status": "ok", "assignment": [0, 0, 0]}
+    recognitions, cell = Recognitions(run, experiment), experiment.cells[0]
+    attack = {**row, "job": "its-mean", "represents": "user", "attack": "user-level"}
+    found = recognitions.beside(attack, cell, {"images": truth}, mean)
+    for name in ("batch-mean", "mean-image"):
+        images = mean.expand(truth.shape).clone()
+        baseline = {**row, "job": name, "kind": "baseline", "attack": name, "assignment": [2, 1, 0]}
+        assert recognitions.beside(baseline, cell, {"images": truth}, images, one_for_all=True) == found
+    for name in ("noise", "nearest-public"):
+        baseline = {**row, "job": name, "kind": "baseline", "attack": name}
+        left = recognitions.beside(baseline, cell, {"images": truth}, truth, one_for_all=True)
+        assert left == {"recognised": {}, "missing": {f"recognise {task}": MANY for task in experiment.score.recognise}}
+    alone = recognitions.beside(
+        {**row, "job": "noise", "assignment": [0], "attack": "noise"}, cell, {"images": truth[:1]}, truth[:1],
+        one_for_all=True,
+    )  # fmt: skip
+    assert alone["recognised"]["identity"]["expected"]  # a batch of one image is that image
+
+
+def test_baselines_beside_one_image_for_the_batch_are_judged_like_it(campaign, monkeypatch):
+    run, experiment = campaign
+    told = []
+
+    class Listening(Recognitions):
+        def beside(self, row, settings, witnessed, images=None, *, one_for_all=False):
+            told.append((row["attack"], one_for_all))
+            return {}
+
+    real = scoring._attack_row
+    monkeypatch.setattr(scoring, "_attack_row", lambda *a: real(*a) | {"represents": "user"})
+    monkeypatch.setattr(scoring, "Recognitions", Listening)
+    monkeypatch.setattr(scoring, "write_rows", lambda *_: None)
+    score_run(run, experiment)
+    baselines = {name: flag for name, flag in told if name in ("batch-mean", "mean-image", "noise", "nearest-public")}
+    assert len(baselines) == 4
+    assert all(baselines.values())
 
 
 def test_without_truth_everything_is_missing_and_nothing_asked_is_nothing(campaign):
@@ -485,10 +696,46 @@ def test_the_table_counts_images_and_sets_chance_beside():
     assert dlg.entries[4].note == "chance 50"
     assert [entry.shown for entry in mean.entries] == ["100 % (1 of 1)", "–", "–", "–", "–"]
     yardsticks = dict(table.yardsticks)
-    assert yardsticks["chance"] == ("0.5 %", "80 %", "1.0 %", "–", "50.5")
+    assert yardsticks["chance"] == ("0.50 %", "80 %", "1.0 %", "–", "50.5")
     assert yardsticks["clean images of the test part"] == ("98 %", "–", "60 %", "–", "1")
     assert f"identity: 1 true image left out: {STRANGER}." in table.notes
     assert recognised_tables([{"case": "c", "attack": "dlg"}]) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.0, "0 %"), (0.00634, "0.63 %"), (0.000634, "0.063 %"), (0.00999, "1.0 %"), (0.0634, "6.3 %"), (0.5, "50 %"),
+        (0.996, "99.6 %"), (0.99999, "99.9 %"), (0.994, "99 %"), (1.0, "100 %"),
+    ],
+)  # fmt: skip
+def test_shares_keep_two_digits_and_are_never_rounded_up_to_all(value, shown):
+    assert _figure(value, True) == shown
+
+
+def test_the_table_says_how_pairs_were_made_and_what_is_learned():
+    majority = {"hit": [True], "commonest": [True], "pairs": "majority", "learned": True}
+    chosen = {"hit": [True, False], "commonest": [True, False], "pairs": "chosen", "learned": True}
+    drawn = {"features": "pixels", "public_images": 3, "drawn_of": 9}
+    rows = [
+        told("user-level", **{"attribute:male": majority | {"left_out": {TIED: 1}}}),
+        told("dlg", **{"attribute:male": chosen | drawn}),
+    ]
+    (table,) = recognised_tables(rows)
+    entries = {line.cell.attack: line.entries[0] for _, lines in table.blocks for line in lines}
+    assert (entries["user-level"].shown, entries["user-level"].note) == ("100 % (1 of 1 batch)", "commonest 100 %")
+    assert (entries["dlg"].shown, entries["dlg"].note) == (
+        "50 % (1 of 2)",
+        "pairs chosen; commonest 50 %",
+    )
+    notes = " ".join(table.notes)
+    assert "attribute:male: this is what the federation learns; the update tells it without a picture." in notes
+    assert "pixels features of 3 public images, drawn of 9" in notes
+    assert f"attribute:male: 1 batch left out: {TIED}." in notes
+    assert dict(table.yardsticks)["chance"] == ("pairs chosen with the truth: compare with the controls",)
+    assert "attribute:male, batches above 1: pairs chosen with the truth: compare with the controls" in notes
+    assert dict(recognised_tables(rows[:1])[0].yardsticks)["chance"] == ("–",)
+    assert f"the same with noise of {NOISE:g}" in dict(table.yardsticks)
 
 
 def test_the_page_has_the_table(campaign):

@@ -1,10 +1,13 @@
 """The table of what can be recognised in the pictures, from the field "recognised" of rows (see fedattack.recognition)."""
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedattack.recognition import TOP
+from fedattack.recognition_probes import NOISE
 from fedattack.report.summary import (
     Cell,
     Row,
@@ -22,6 +25,9 @@ from fedattack.report.summary import (
 )
 
 Facts = Mapping[str, Any]
+
+CHOSEN = "pairs chosen with the truth: compare with the controls"
+"""In place of chance, in batches above 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +100,7 @@ def _table(case: str, columns: Sequence[_Column], blocks: Mapping[str, Sequence[
     rows = [row for lines in blocks.values() for _, group in lines for row in group]
     yardsticks = (
         ("clean images of the test part", [column.clean for column in columns]),
-        ("the same with noise of 0.1", [column.noisy for column in columns]),
+        (f"the same with noise of {NOISE:g}", [column.noisy for column in columns]),
         ("chance", [column.chance for column in columns]),
     )
     return Recognised(
@@ -137,8 +143,8 @@ def _columns(rows: Iterable[Row]) -> list[_Column]:
             found += [
                 _Column(task, people, f"nearest {what}", "hit", "expected", "clean", "noisy", "chance", statistics.fmean),
                 _Column(
-                    task, people, "among nearest 5", "top5", "expected_top5", "clean_top5", "noisy_top5", "chance_top5",
-                    statistics.fmean,
+                    task, people, f"among nearest {TOP}", f"top{TOP}", f"expected_top{TOP}", f"clean_top{TOP}",
+                    f"noisy_top{TOP}", f"chance_top{TOP}", statistics.fmean,
                 ),
                 _Column(
                     task, people, f"median rank {what}", "rank", "expected_rank", "clean_rank", "noisy_rank", "chance_rank",
@@ -152,19 +158,31 @@ def _entry(column: _Column, group: Sequence[Row]) -> Entry:
     values = _values(group, column, column.values)
     if not values:
         return Entry(None, "–")
-    value = column.combine(values)
-    if not column.share:
-        expected = _values(group, column, column.expected)
-        return Entry(
-            value, _figure(value, False), f"chance {_figure(column.combine(expected), False)}" if expected else ""
-        )
-    shown = f"{_figure(value, True)} ({round(sum(values))} of {len(values)})"
+    value, shown = column.combine(values), ""
+    if column.share:
+        of_batches = all(_pairs(row, column) == "majority" for row in group)
+        unit = "" if not of_batches else " batch" if len(values) == 1 else " batches"
+        shown = f" ({round(sum(values))} of {len(values)}{unit})"
+    shown = f"{_figure(value, column.share)}{shown}"
     notes = []
     if expected := _values(group, column, column.expected):
-        notes.append(f"chance {_figure(statistics.fmean(expected), True)}")
+        notes.append(f"chance {_figure(column.combine(expected), column.share)}")
+    if _any_chosen(column, group):
+        notes.append("pairs chosen")
+    if not column.share:
+        return Entry(value, shown, "; ".join(notes))
     if commonest := _values(group, column, "commonest"):
         notes.append(f"commonest {_figure(statistics.fmean(commonest), True)}")
     return Entry(value, shown, "; ".join(notes))
+
+
+def _pairs(row: Row, column: _Column) -> object:
+    return _tasks(row).get(column.task, {}).get("pairs")
+
+
+def _any_chosen(column: _Column, rows: Iterable[Row]) -> bool:
+    """Whether the figure needs pairs (faces do not), and some were chosen with the truth."""
+    return bool(column.expected) and any(_pairs(row, column) == "chosen" for row in rows)
 
 
 def _values(rows: Iterable[Row], column: _Column, field: str) -> list[float]:
@@ -179,13 +197,13 @@ def _values(rows: Iterable[Row], column: _Column, field: str) -> list[float]:
     return found
 
 
-def _span(column: _Column, rows: Iterable[Row], field: str) -> str:
-    """A yardstick; data sets of one case may differ."""
+def _span(column: _Column, rows: Sequence[Row], field: str) -> str:
+    """A yardstick; data sets of one case may differ. Where pairs were chosen that stands in place of chance."""
     found = sorted(
         {value for row in rows if (value := number(_tasks(row).get(column.task, {}).get(field))) is not None}
     )
     if not found:
-        return "–"
+        return CHOSEN if field == column.chance and _any_chosen(column, rows) else "–"
     ends = list(dict.fromkeys(_figure(value, column.share) for value in (found[0], found[-1])))
     return " to ".join(ends)
 
@@ -193,28 +211,43 @@ def _span(column: _Column, rows: Iterable[Row], field: str) -> str:
 def _figure(value: float, share: bool) -> str:
     if not share:
         return plain_number(value, 0 if value == int(value) else 1)
-    return f"{plain_number(100 * value, 0 if value >= 0.1 or value == 0 else 1)} %"
+    percent = 100 * value
+    if 99 < percent < 100 and round(percent) == 100:
+        return f"{plain_number(math.floor(10 * percent + 1e-9) / 10, 1)} %"  # not all
+    digits = 0 if percent >= 10 or percent <= 0 else 1
+    if 0 < percent < 0.995:
+        digits = 1 - math.floor(math.log10(percent))
+    return f"{plain_number(percent, digits)} %"
 
 
 def _notes(rows: Sequence[Row], tasks: Sequence[str]) -> Iterable[str]:
-    """What the probes are, and how many true images nothing could be said about."""
+    """What the probes are, what is no secret, how pairs were made, and how many true images nothing could be said about."""
     for task in tasks:
         facts = [found for row in rows if (found := _tasks(row).get(task))]
         features = sorted(
-            {f"{f['features']} features of {f.get('public_images')} public images" for f in facts if "features" in f}
+            {
+                f"{f['features']} features of {f.get('public_images')} public images"
+                + (f", drawn of {f['drawn_of']} to bound time and memory" if "drawn_of" in f else "")
+                for f in facts
+                if "features" in f
+            }
         )
         if features:
             yield f"{task}: {', '.join(features)}."
+        if any(f.get("learned") is True for f in facts):
+            yield f"{task}: this is what the federation learns; the update tells it without a picture."
+        if task != "face" and any(f.get("pairs") == "chosen" for f in facts):
+            yield f"{task}, batches above 1: {CHOSEN}; unrelated pictures are right more often than by chance, too."
         left: dict[tuple[str, ...], Facts] = {}
         for row in rows:
             counts = _tasks(row).get(task, {}).get("left_out")
             if isinstance(counts, Mapping) and counts and not is_baseline(row):
-                left.setdefault(target_of(row), counts)
-        reasons: dict[str, int] = {}
-        for counts in left.values():
+                unit = "batch" if _tasks(row)[task].get("pairs") == "majority" else "true image"
+                left.setdefault((*target_of(row), unit), counts)
+        reasons: dict[tuple[str, str], int] = {}
+        for (*_, unit), counts in left.items():
             for reason, count in counts.items():
-                reasons[str(reason)] = reasons.get(str(reason), 0) + int(number(count) or 0)
-        yield from (
-            f"{task}: {count} true {'image' if count == 1 else 'images'} left out: {reason}."
-            for reason, count in reasons.items()
-        )
+                reasons[str(reason), unit] = reasons.get((str(reason), unit), 0) + int(number(count) or 0)
+        for (reason, unit), count in reasons.items():
+            several = {"batch": "batches", "true image": "true images"}[unit]
+            yield f"{task}: {count} {unit if count == 1 else several} left out: {reason}."

@@ -304,9 +304,12 @@ is stated. Baselines are in italics; nearest-public looks at the truth and is a 
 {% if recognised %}
 <p class="soft">A picture can be far from the truth pixel by pixel and still show who it is; and a prior that draws faces draws one whatever the update says. So every share stands
 beside chance: what <em>the same picture</em> would score if a person drawn at random were the truth (“commonest” is what always naming the commonest class would score on
-these images), beside controls and baselines, and beside what the same probe makes of clean images that it was not trained on: where it fails there, its silence means nothing. Faces are found
-by scikit-image's cascade (chance: patches of photographs, noise); classes and people by linear discriminants trained on public images only; people stand in a public gallery that
-holds none of the images under attack. Counts are of images: those of one client may show one person, so they are not independent.</p>
+these images), beside controls and baselines, and beside what the same probe makes of clean images that it was not trained on: where it fails there, its silence means nothing.
+In batches above 1 the pairs are chosen with the truth, which helps unrelated pictures as well, so no chance is stated: compare with the controls. One picture for a whole batch
+counts once, against the batch's commonest label, and so do the mean images beside it; shares of single images do not hold for such labels, so what the same picture would score
+by chance is not stated either. Faces are found by scikit-image's cascade (chance: the larger rate on noise and on patches of photographs, of which a few show a face); classes
+and people by linear discriminants trained on public images only; people stand in a public gallery that holds none of the images under attack, up to recompression and mirroring.
+Counts are of images: those of one client may show one person, so they are not independent.</p>
 {% else %}<p class="note">Nothing was looked for (score.recognise, for example ["face", "attribute:male", "identity"]).</p>{% endif %}
 {% for table in recognised %}
 <div class="scroll" tabindex="0" role="region" aria-label="What can be recognised, {{ table.case }}"><table class="numbers sortable"><caption>{{ table.case }}</caption>
