@@ -158,6 +158,20 @@ def test_result_has_the_promised_form(name, case):
         assert estimate is None or (bool(estimate.isfinite().all()) and not estimate.requires_grad)
     if found.timesteps is not None:
         assert found.timesteps.dtype == torch.int64
+    if found.trajectory is not None:
+        steps = found.trajectory_steps
+        assert found.trajectory.shape == (len(steps), *found.images.shape)
+        assert found.trajectory.is_floating_point()
+        assert found.trajectory.device.type == "cpu"
+        assert float(found.trajectory.min()) >= 0.0
+        assert float(found.trajectory.max()) <= 1.0
+        assert torch.equal(found.trajectory[-1], found.images.to(found.trajectory))
+        assert all(isinstance(step, int) for step in steps)
+        assert list(steps) == sorted(set(steps))
+        assert steps[0] >= 0
+        assert steps[-1] == len(found.losses) - 1, "they are counted as losses are"
+    else:
+        assert found.trajectory_steps == ()
     assert all(isinstance(loss, float) for loss in found.losses)
     assert isinstance(found.steps, int)
     assert found.steps >= 0

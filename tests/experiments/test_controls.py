@@ -1,6 +1,8 @@
 """Controls of attacks that an update leads, and a prior that was trained on the very images under attack: both are said."""
 
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from fedattack.planning import job_id
 from fedattack.prior_training import PriorSettings, train_prior
 from fedattack.registry import format_spec
 from fedattack.scoring import score_run
-from fedattack.store import RunFolder, load_reconstruction, read_rows, read_tensors
+from fedattack.store import RunFolder, load_reconstruction, read_rows, read_tensors, save_reconstruction
 from fedattack.types import Control
 
 SETTINGS = {"guidance": "posterior", "sampling_steps": 4, "linearisations": 1}
@@ -234,6 +236,36 @@ def test_the_way_is_scored_and_shown(finished):
             assert psnr == pytest.approx(psnr_db(images, truth).tolist())
         assert all((run.path / path).is_file() for path in way["images"])
     assert "image 1 on its way, by step" in page
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (
+            {"trajectory": torch.rand(5, 1, 3, 7, 8)},
+            r"trajectory must be images .*\(1, 3, 8, 8\), got .*\(5, 1, 3, 7, 8\)",
+        ),
+        ({"trajectory": torch.rand(5, 8, 8)}, "trajectory must be images"),
+        ({"trajectory": torch.ones(5, 1, 3, 8, 8, dtype=torch.uint8)}, "trajectory must be floating-point"),
+        ({"trajectory": torch.full((5, 1, 3, 8, 8), torch.nan)}, r"trajectory must be in \[0, 1\]"),
+        ({"trajectory": torch.full((5, 1, 3, 8, 8), 255.0)}, r"trajectory must be in \[0, 1\]"),
+        ({"trajectory": torch.rand(0, 1, 3, 8, 8), "trajectory_steps": ()}, "trajectory must be images"),
+        ({"trajectory_steps": (0, 4)}, "trajectory_steps must be 5 numbers, one for each of its images, got 2"),
+    ],
+)
+def test_a_malformed_way_costs_no_scores(finished, tmp_path, broken, reason):
+    """It is left out and said why; everything else of the row, and all other rows, are as they were."""
+    run = RunFolder(shutil.copytree(finished[0].path, tmp_path / "run"))
+    before = {row["job"]: row for row in finished[1] if row["kind"] == "attack" and "trajectory" in row}
+    job, whole = next(iter(before.items()))
+    path = run.results / job / "reconstruction.safetensors"
+    save_reconstruction(path, replace(load_reconstruction(path), **broken))
+    (run.scores / f"{job}.json").unlink()
+    score_run(run, load_config(run.config))
+    after = {row.get("job"): row for row in read_rows(run.rows)}
+    assert re.match(reason, after[job]["missing"].pop("trajectory"))
+    assert after[job] == {name: value for name, value in whole.items() if name != "trajectory"}
+    assert all(after[other] == row for other, row in before.items() if other != job)
 
 
 def test_the_unrelated_update_is_another_clients_of_the_same_round(finished):
