@@ -16,7 +16,7 @@ import torch
 
 from fedattack.errors import FedattackError
 from fedattack.report import TITLES, build_report, read_lines, summary
-from fedattack.report.bounds import bound_series, ranking
+from fedattack.report.bounds import bound_charts, bound_series, by_clipping, ranking
 from fedattack.report.charts import Series, line_chart
 from fedattack.report.gallery import gallery
 from fedattack.report.summary import classify, defense_label, headlines, markdown_table, summarise, write_table
@@ -484,7 +484,7 @@ def bounded(case: str, psnr: float, scale: float, rv: float, *, sigma: float = 0
         "rv": rv,
         "relative_rv": rv / 2,
     }
-    return row("dlg", [psnr], case=case, defense=f"gaussian-noise(sigma={sigma})", **{"floor": floor} | fields)
+    return row("dlg", [psnr], case=case, **{"defense": f"gaussian-noise(sigma={sigma})", "floor": floor} | fields)
 
 
 def test_bounds_against_sigma() -> None:
@@ -505,6 +505,72 @@ def test_bounds_against_sigma() -> None:
     rows[0]["floor"] = {**rows[0]["floor"], "hidden": 3}
     assert bound_series(rows)[0].points[0][1] == pytest.approx(-20 * math.log10(0.01 / 3 * 2 ** (-1 / 3)))
     assert bound_series([bounded("MLP", 13.0, 2.0, 10.0, sigma=0.0)]) == []
+    assert bound_series(rows)[1].points[0][1] == pytest.approx(-20 * math.log10(0.01 / 3 / (10 * 40 * 40) ** (1 / 3)))
+
+
+def test_bounds_are_those_of_one_clipping(tmp_path: Path) -> None:
+    """Clipping scales what is sent: a chart of its own, with floors and dots of no other; noise before it is not modelled."""
+    clip, noise = "norm-clipping(max_norm=0.5)", "gaussian-noise(sigma=0.1)"
+    rows = [
+        bounded("MLP", 30.0, 2.0, 10.0, sigma=0.0, defense="none"),
+        bounded("MLP", 13.0, 2.0, 10.0, federation="noisy"),
+        bounded("MLP", 3.0, 20.0, 1.0, federation="clipped", defense=f"{clip} + {noise}"),
+        bounded("MLP", 4.0, 9.0, 9.0, federation="other", defense=f"norm-clipping(max_norm=0.1) + {noise}"),
+        bounded("MLP", 5.0, 7.0, 7.0, federation="before", defense=f"{noise} + {clip}"),
+    ]
+    rows[4]["floor"]["noise_std"] = None
+    found = by_clipping(rows)
+    assert list(found) == ["none", clip, "norm-clipping(max_norm=0.1)"]
+    for members, scale, rv, psnr in zip(
+        found.values(), (2.0, 20.0, 9.0), (10.0, 1.0, 9.0), (13.0, 3.0, 4.0), strict=True
+    ):
+        optimal, fitted, dots = bound_series(members)
+        sigma = optimal.points[0][0]
+        assert optimal.points[0][1] == pytest.approx(-20 * math.log10(sigma * scale))
+        assert fitted.points[0][1] == pytest.approx(-20 * math.log10(sigma / rv))
+        assert [value for _, value in dots.points] == [psnr]
+    page = page_of(run_folder(tmp_path, rows))
+    assert page.count('aria-label="Bounds of MLP') == 3
+    assert "norm-clipping max_norm=0.5" in page
+
+
+def test_floors_known_from_one_side_are_bounds_of_bounds(tmp_path: Path) -> None:
+    """No rank, no part in the correlation, said in the notes; a floor whose hidden directions were not counted is said too."""
+    rows = [bounded(f"model {i}", 30.0 - i, 10.0**i, 10.0**i, round=1) for i in range(5)]
+    rows[1]["floor"] |= {"status": "at least", "hidden": None}
+    rows[3]["floor"] |= {"status": "estimate", "hidden": None}
+    found = ranking(rows)
+    assert found is not None
+    assert [line.case for line in found.lines] == ["model 0", "model 2", "model 3", "model 4", "model 1"]
+    open_ = found.lines[-1].figures[2]
+    assert (open_.value, open_.shown, open_.rank) == (None, "≤ 0", 0)
+    assert [line.figures[2].rank for line in found.lines[:4]] == [1, 2, 3, 4]
+    assert found.correlations[2] == "bound (b) ρ = 1.00 (p = 0.083) over 4 of them"
+    assert "not counted for 2 updates" in found.note
+    notes = {chart.title: chart.note for chart in bound_charts(rows)}
+    assert "1 floor known from one side only" in notes["model 1, round 1"]
+    assert "not counted for 1" in notes["model 1, round 1"]
+    assert "one side" not in notes["model 3, round 1"]
+    assert "not counted for 1" in notes["model 3, round 1"]
+    assert "not counted" not in notes["model 0, round 1"]
+    assert "≤ 0" in words_of(page_of(run_folder(tmp_path, rows)))
+
+
+def test_a_rank_is_over_the_defenses_that_are_said() -> None:
+    """Without shared noise these are the updates without a defense, for RV, (b) and what was measured alike."""
+    rows = [
+        bounded("a", 30.0, 1.0, 5.0, sigma=0.0, defense="none", client="client-0"),
+        bounded("a", 28.0, 10.0, 7.0, sigma=0.0, defense="none", client="client-1"),
+        bounded("a", 9.0, 1e-6, 900.0, federation="noisy"),
+        bounded("b", 20.0, 2.0, 20.0, sigma=0.0, defense="none"),
+    ]
+    found = ranking(rows)
+    assert found is not None
+    first, second = found.lines
+    assert (first.case, first.updates, second.updates) == ("b", 1, 2)
+    expected = [7.0, 3.5, 20 * math.log10(50.0) - 10.0, 29.0]  # σ a hundredth of rms 2
+    assert [figure.value for figure in second.figures] == pytest.approx(expected)
+    assert "RV is the largest of the updates" in found.note
 
 
 def test_states_are_ranked_before_and_after_the_attack(tmp_path: Path) -> None:

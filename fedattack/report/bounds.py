@@ -10,7 +10,9 @@ from typing import TypeVar
 from fedattack.report import summary
 from fedattack.report.charts import COLOURS, Chart, Series, legend, line_chart
 from fedattack.report.summary import Row
+from fedattack.vulnerability import cramer_rao_bound, overfitting_bound, psnr_of
 
+Floor = Mapping[str, object]
 Key = TypeVar("Key")
 
 State = tuple[str, str]
@@ -27,6 +29,11 @@ FEWEST_STATES = 4
 
 RANKED = ("RV", "RV of an update of rms 1", "bound (b)")
 """What the measured PSNR is compared with."""
+
+BOUND = RANKED.index("bound (b)")
+
+NOISE = "gaussian-noise"
+"""The part of a defense that decides σ; what is left of the defense decides what is sent before the noise."""
 
 EXACT_P = 6
 """Up to how many states all orders are tried for the p-value; beyond, it is that of Student's t."""
@@ -66,38 +73,82 @@ class Ranking:
 
 # ------------------------------------------------------------------------------------------------ curves
 def bound_charts(rows: Sequence[Row]) -> list[Chart]:
-    """(a) and (b) as PSNR against σ for every state whose update was sent with noise, with the attacks as dots."""
+    """(a) and (b) as PSNR against σ, with the attacks as dots: for every state, and every clipping of updates with noise."""
     found = []
-    for (case, round_), members in _shown(_by_state(rows)).items():
-        series = bound_series(members)
-        title = f"{case}, round {round_}" if round_ else case
-        svg = line_chart(series, title=f"Bounds of {title}", x_label="σ of the noise", y_label="PSNR, dB", log_x=True)
-        if svg:
-            floors = _floors(members).values()
-            note = summary.count(len({(floor["client"], floor["seed"]) for floor in floors}), "update") + " a defense"
-            if hidden := sum(_told_scale(floor) is None for floor in floors):
-                note += f"; (b) without {hidden} that tell nothing of some directions, or have no floor"
-            found.append(Chart(title, note, svg, legend([(one.name, one.colour) for one in series])))
+    for (case, round_), of_state in _shown(_by_state(rows)).items():
+        for clipping, members in by_clipping(of_state).items():
+            series = bound_series(members)
+            title = f"{case}, round {round_}" if round_ else case
+            title += f", {summary.defense_label(clipping)}" if clipping != "none" else ""
+            svg = line_chart(
+                series, title=f"Bounds of {title}", x_label="σ of the noise", y_label="PSNR, dB", log_x=True
+            )
+            if svg:
+                note = _note(list(_floors(members).values()))
+                found.append(Chart(title, note, svg, legend([(one.name, one.colour) for one in series])))
+    return found
+
+
+def by_clipping(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by their defense without its noise, "none" where nothing is left; those whose noise is not modelled are left out."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        parts = summary.defense_of(row).split(" + ")
+        rest = [part for part in parts if part.partition("(")[0] != NOISE]
+        if len(rest) == len(parts) or _positive(_floor(row), "noise_std"):
+            found.setdefault(" + ".join(rest) or "none", []).append(row)
     return found
 
 
 def bound_series(rows: Sequence[Row]) -> list[Series]:
-    """(b), (a) and the dots of the attacks on one state; [] where no noise was added, or neither bound is known."""
+    """(b), (a) and the dots of the attacks on one state under one clipping, both lines as means in dB over the same floors.
+
+    [] where no noise was added, or neither bound is known.
+    """
     floors = list(_floors(rows).values())
     sigmas = [sigma for floor in floors if (sigma := _positive(floor, "noise_std"))]
-    told = [20 * math.log10(scale) for floor in floors if (scale := _told_scale(floor))]
-    norms = [20 * math.log10(rv) for floor in floors if (rv := _positive(floor, "rv"))]
-    if not sigmas or not (told or norms):
+    drawn = _drawn(floors)
+    told = [scale for floor in drawn if (scale := _told_scale(floor))]
+    norms = [rv for floor in drawn if (rv := _positive(floor, "rv"))]
+    if not sigmas or not drawn:
         return []
     ends = min(sigmas) / 3.0, max(sigmas) * 3.0
-    series = [_line("(b) Cramér-Rao", -fmean(told), ends, OPTIMAL, "plain")] if told else []
-    series += [_line("(a) σ/RV", fmean(norms), ends, FITTED, "dashed")] if norms else []
+    series = [_line("(b) Cramér-Rao", cramer_rao_bound, told, ends, OPTIMAL, "plain")] if told else []
+    series += [_line("(a) σ/RV", overfitting_bound, norms, ends, FITTED, "dashed")] if norms else []
     return series + _dots(rows)
 
 
-def _line(name: str, at_one: float, ends: tuple[float, float], colour: int, style: str) -> Series:
-    """PSNR falls by 20 dB for every tenfold σ; at_one: its value at σ = 1."""
-    return Series(name, tuple((sigma, at_one - 20.0 * math.log10(sigma)) for sigma in ends), colour, style)
+def _drawn(floors: Sequence[Floor]) -> list[Floor]:
+    """Those with both bounds, else those with (b), else those with (a)."""
+    told = [floor for floor in floors if _told_scale(floor)]
+    normed = [floor for floor in floors if _positive(floor, "rv")]
+    return [floor for floor in told if _positive(floor, "rv")] or told or normed
+
+
+def _note(floors: Sequence[Floor]) -> str:
+    """How many updates, and what is not known of them."""
+    drawn = _drawn(floors)
+    words = [summary.count(len({(floor["client"], floor["seed"]) for floor in floors}), "update") + " a defense"]
+    if out := len(floors) - len(drawn):
+        words.append(f"lines without {out} that tell nothing of some directions, or lack a figure")
+    if open_ := sum(_at_least(floor) for floor in drawn):
+        words.append(f"{summary.count(open_, 'floor')} known from one side only: (b) is at most what is drawn")
+    if uncounted := sum(_uncounted(floor) for floor in drawn):
+        words.append(f"directions that are not told were not counted for {uncounted}")
+    return "; ".join(words)
+
+
+def _line(
+    name: str,
+    bound: Callable[[float, float], float],
+    facts: Sequence[float],
+    ends: tuple[float, float],
+    colour: int,
+    style: str,
+) -> Series:
+    """bound(σ, fact) at both ends as PSNR, the mean over the floors' facts; straight in between on a log axis."""
+    points = tuple((sigma, fmean(psnr_of(bound(sigma, fact)) for fact in facts)) for sigma in ends)
+    return Series(name, points, colour, style)
 
 
 def _dots(rows: Sequence[Row]) -> list[Series]:
@@ -118,8 +169,9 @@ def _dots(rows: Sequence[Row]) -> list[Series]:
 def ranking(rows: Sequence[Row]) -> Ranking | None:
     """Two states and more by RV and (b), beside the PSNR of the best attack; None for fewer, or where no floor is known.
 
-    (b) and the measured PSNR are means over the defenses that add noise and that all states have; where there are none, (b)
-    is that of noise of a hundredth of the update's root mean square, and measured is what attacks reach without a defense.
+    All are of the defenses that add noise and that all states have: RV the largest over their updates, (b) and the measured
+    PSNR means. Where there are none, they are of updates without a defense, (b) at noise of a hundredth of the update's root
+    mean square. A (b) of floors that are known from one side only ("≤") has no rank.
     """
     states = {
         state: members
@@ -135,28 +187,37 @@ def ranking(rows: Sequence[Row]) -> Ranking | None:
     shared = set.intersection(*noisy)
     under = shared or {"none"}
     raw = {state: _figures(members, under, bool(shared)) for state, members in states.items()}
-    columns = [_ranked([figures[0][i] for figures in raw.values()]) for i in range(4)]
+    used = {state: _under(members, under) for state, members in states.items()}
+    at_most = [any(map(_at_least, floors)) for floors in used.values()]
+    columns = [_ranked([found[0][i] for found in raw.values()], at_most if i == BOUND else ()) for i in range(4)]
     lines = []
     for place, ((case, round_), (_, best)) in enumerate(raw.items()):
         members = states[case, round_]
         figures = tuple(column[place] for column in columns)
-        lines.append(Line(case, _training(members[0], round_), len(_floors(members)), figures, best))
-    lines.sort(key=lambda line: line.figures[2].rank or len(lines) + 1)
+        lines.append(Line(case, _training(members[0], round_), len(used[case, round_]), figures, best))
+    lines.sort(key=lambda line: line.figures[BOUND].rank or len(raw) + 1)
     labels = ", ".join(summary.defense_label(defense) for defense in sorted(under))
     if shared:
-        told = f"(b) and measured: means over {labels}."
+        told = f"All are of updates under {labels}."
     else:
         told = (
-            "No defense adds noise in all of them: (b) is at σ of a hundredth of the update's root mean square, "
-            "measured without a defense."
+            "No defense adds noise in all of them: all are of updates without a defense, "
+            "(b) at σ of a hundredth of the update's root mean square."
         )
     note = (
-        f"Measured is the best attack's mean PSNR. {told} −∞: the update tells nothing of some directions of the image."
+        f"{told} RV is the largest of the updates, (b) and measured, the best attack's PSNR, are means. "
+        "−∞: the update tells nothing of some directions of the image."
     )
+    if any(at_most):
+        note += " ≤: floors that are known from one side only, which are not ranked."
+    if uncounted := sum(_uncounted(floor) for floors in used.values() for floor in floors):
+        note += f" Directions that are not told were not counted for {summary.count(uncounted, 'update')}."
     correlations = []
     for i, name in enumerate(RANKED):
-        if words := _spearman([(figures[i], figures[3]) for figures, _ in raw.values()]):
-            correlations.append(f"{name} {words}")
+        pairs = [(a.value, b.value) for a, b in zip(columns[i], columns[3], strict=True)]
+        if words := _spearman(pairs):
+            known = sum(None not in pair for pair in pairs)
+            correlations.append(f"{name} {words}" + (f" over {known} of them" if known < len(pairs) else ""))
     return Ranking(tuple(lines), note, tuple(correlations))
 
 
@@ -170,15 +231,11 @@ def _training(row: Row, round_: str) -> str:
 
 
 def _figures(rows: Sequence[Row], under: set[str], noisy: bool) -> tuple[tuple[float | None, ...], str]:
-    """RV, relative RV, (b), measured; and the best attack by name."""
-    floors = _floors(rows)
-    rv = [value for floor in floors.values() if (value := _positive(floor, "rv"))]
-    relative = [value for floor in floors.values() if (value := _positive(floor, "relative_rv"))]
-    bounds = [
-        bound
-        for floor in floors.values()
-        if not (noisy and floor["defense"] not in under) and (bound := _bound(floor, noisy)) is not None
-    ]
+    """The largest RV and relative RV, mean (b), measured, all of the defenses `under`; and the best attack by name."""
+    floors = _under(rows, under)
+    rv = [value for floor in floors if (value := _positive(floor, "rv"))]
+    relative = [value for floor in floors if (value := _positive(floor, "relative_rv"))]
+    bounds = [bound for floor in floors if (bound := _bound(floor, noisy)) is not None]
     attacks: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         if summary.is_ok(row) and not summary.is_baseline(row) and summary.defense_of(row) in under:
@@ -194,21 +251,29 @@ def _figures(rows: Sequence[Row], under: set[str], noisy: bool) -> tuple[tuple[f
     return figures, best or "–"
 
 
-def _bound(floor: Row, noisy: bool) -> float | None:
+def _under(rows: Iterable[Row], under: set[str]) -> list[Floor]:
+    return [floor for floor in _floors(rows).values() if floor["defense"] in under]
+
+
+def _bound(floor: Floor, noisy: bool) -> float | None:
     """(b) in dB at the defense's noise, or at a hundredth of the update's rms; −inf where directions are hidden."""
     scale, rms = _positive(floor, "rms_per_sigma"), _positive(floor, "update_rms")
     sigma = _positive(floor, "noise_std") if noisy else 0.01 * rms if rms else None
     if scale is None or not sigma:
         return None
-    return -math.inf if _number(floor, "hidden") else -20.0 * math.log10(scale * sigma)
+    return -math.inf if _number(floor, "hidden") else psnr_of(cramer_rao_bound(sigma, scale))
 
 
-def _ranked(values: Sequence[float | None]) -> list[Figure]:
-    """1 for the highest; equal ones share the better rank."""
-    known = sorted((value for value in values if value is not None), reverse=True)
+def _ranked(values: Sequence[float | None], at_most: Sequence[bool] = ()) -> list[Figure]:
+    """1 for the highest; equal ones share the better rank. at_most: which are no more than upper bounds, without a rank."""
+    open_ = [i for i, bounded in enumerate(at_most) if bounded and values[i] not in (None, -math.inf)]
+    known = sorted((value for i, value in enumerate(values) if value is not None and i not in open_), reverse=True)
     return [
-        Figure(value, _shown_number(value), 0 if value is None else 1 + known.index(value)) for value in values
-    ]  # fmt: skip
+        Figure(None, f"≤ {_shown_number(value)}", 0)
+        if i in open_
+        else Figure(value, _shown_number(value), 0 if value is None else 1 + known.index(value))
+        for i, value in enumerate(values)
+    ]
 
 
 def _shown_number(value: float | None) -> str:
@@ -257,7 +322,7 @@ def _group(rows: Iterable[Row], key: Callable[[Row], Key]) -> dict[Key, list[Row
     return found
 
 
-def _floors(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, object]]:
+def _floors(rows: Iterable[Row]) -> dict[tuple[str, ...], Floor]:
     """The floor of every update once, with its client, seed and defense."""
     return {
         summary.target_of(row): {
@@ -270,20 +335,30 @@ def _floors(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, object]]:
     }
 
 
-def _floor(row: Row) -> Mapping[str, object]:
+def _floor(row: Row) -> Floor:
     floor = row.get("floor")
     return floor if isinstance(floor, Mapping) else {}
 
 
-def _number(floor: Mapping[str, object], name: str) -> float | None:
+def _at_least(floor: Floor) -> bool:
+    """Whether the error is still higher, and (b) lower, by an amount that is not known."""
+    return floor.get("status") == "at least"
+
+
+def _uncounted(floor: Floor) -> bool:
+    """Whether there is a figure, but it is not known if directions are hidden."""
+    return _number(floor, "hidden") is None and _positive(floor, "rms_per_sigma") is not None
+
+
+def _number(floor: Floor, name: str) -> float | None:
     return summary.number(floor.get(name))
 
 
-def _positive(floor: Mapping[str, object], name: str) -> float | None:
+def _positive(floor: Floor, name: str) -> float | None:
     value = _number(floor, name)
     return value if value is not None and value > 0 else None
 
 
-def _told_scale(floor: Mapping[str, object]) -> float | None:
+def _told_scale(floor: Floor) -> float | None:
     """rms error per σ where the update tells all directions of the image."""
     return None if _number(floor, "hidden") else _positive(floor, "rms_per_sigma")

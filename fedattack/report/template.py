@@ -336,7 +336,7 @@ Counts are of images: those of one client may show one person, so they are not i
 <section id="bounds"><h2>{{ titles.bounds }}</h2>
 <p class="soft">What can be said of a model and its state before any attack. RV is the Frobenius norm of ∂update/∂image, at the attacked images. (a) Whatever fits a
 noisy update as well as it can errs by at least σ/RV; (b), Cramér-Rao, is the floor above: the PSNR left to the best unbiased attack without a prior. Both are means in dB
-over the updates, from their truths; dots are the attacks' mean PSNR, one for each defense that adds noise (without noise there is no place on the axis). A dot above (b)
+over the same updates, from their truths, for each clipping by itself; dots are the attacks' mean PSNR, one for each defense that adds noise (without noise there is no place on the axis). A dot above (b)
 is what prior, bias or the range [0, 1] are worth. (a) is never below (b).</p>
 {% if not bounds and not ranking %}<p class="note">No update has both a floor and noise that it could be drawn against.</p>{% endif %}
 {% if bounds %}<div class="charts">
@@ -347,7 +347,7 @@ is what prior, bias or the range [0, 1] are worth. (a) is never below (b).</p>
 {% if ranking %}
 <h3>Which model leaks most</h3>
 <div class="scroll" tabindex="0" role="region" aria-label="Which model leaks most"><table class="numbers sortable">
-<thead><tr><th scope="col">Model and state</th><th scope="col" class="n">Updates</th><th scope="col" class="n">RV<small>rank</small></th><th scope="col" class="n">RV, of an update of rms 1<small>rank</small></th>
+<thead><tr><th scope="col">Model and state</th><th scope="col" class="n">Updates</th><th scope="col" class="n">Largest RV<small>rank</small></th><th scope="col" class="n">Largest RV, of an update of rms 1<small>rank</small></th>
 <th scope="col" class="n">Bound (b), dB<small>rank</small></th><th scope="col" class="n">Measured, dB<small>rank</small></th><th scope="col">Best attack</th></tr></thead><tbody>
 {% for line in ranking.lines %}
 <tr><th scope="row" class="name">{{ line.case }}<small>{{ line.about }}</small></th><td class="n">{{ line.updates }}</td>
