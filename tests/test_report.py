@@ -684,7 +684,8 @@ def test_one_picture_for_a_batch_is_shown_once(tmp_path):
     for name, value in (("a", 10), ("b", 20), ("c", 30), ("found", 91), ("next", 92)):
         Image.new("RGB", (20, 20), (value, value, value)).save(tmp_path / "images" / f"{name}.png")
     paths = {name: f"images/{name}.png" for name in ("a", "b", "c", "found", "next")}
-    told = {"represents": "user", "representative": {"nearest": 1, "nearest_psnr_db": 17.0}}
+    one = {"nearest": 1, "nearest_psnr_db": 17.0, "batch_mean_psnr_db": 21.5}
+    told = {"represents": "user", "representative": one}
     first = {"truth": [paths["a"], paths["b"]], "reconstruction": [paths["found"]]}
     second = {"truth": [paths["c"]], "reconstruction": [paths["next"]]}
     rows = [
@@ -697,7 +698,9 @@ def test_one_picture_for_a_batch_is_shown_once(tmp_path):
     assert [len(strip.frames) for strip in strips if strip.label in ("user-level", "batch-mean")] == [1, 2]
     frame = next(strip for strip in strips if strip.label == "user-level").frames[0]
     assert frame.caption == "for all: 13.5 dB"
-    assert "nearest 17.0 dB" in frame.alt
+    assert frame.alt.endswith("mean PSNR 13.5 dB, to their mean 21.5 dB, nearest 17.0 dB (chosen by the truth)")
+    assert next(strip for strip in strips if strip.label == "user-level").note == "PSNR to their mean 21.5 dB"
+    assert "bound" not in next(strip for strip in strips if strip.label == "batch-mean").note
     assert next(cell for cell in summarise(rows) if cell.attack == "user-level").baseline == "mean-image"
     path = write_montage(tmp_path, rows, tmp_path / "m.png", columns=3, side=20)
     with Image.open(path) as sheet:

@@ -44,7 +44,7 @@ DISPLAY_PIXELS = 96
 
 BASELINE_NOTES = {
     "nearest-public": "baseline, looks at the truth",
-    BATCH_MEAN: "the truth's own mean: a bound for one image, no baseline",
+    BATCH_MEAN: "the truth's own mean, of all single images the least mean MSE: no baseline",
 }
 
 FILM_PIXELS = 80
@@ -165,7 +165,8 @@ def _strip(row: Row, run: Path, shown: int, width: int, height: int, split: tupl
         reason = text(row, "error") or ("no pictures were saved" if status == "ok" else "no reason given")
         return Strip(label, note, kind, (), reason if status == "ok" else f"{status}: {reason}")
     if text(row, "represents") == "user":
-        return Strip(label, note, kind, (_one_for_all(row, run, paths[0], spec, width, height),))
+        frame, to_mean = _one_for_all(row, run, paths[0], spec, width, height)
+        return Strip(label, ", ".join(part for part in (note, to_mean) if part), kind, (frame,))
     frames = []
     for i in range(shown):
         value = psnr[i] if i < len(psnr) else None
@@ -176,16 +177,22 @@ def _strip(row: Row, run: Path, shown: int, width: int, height: int, split: tupl
     return Strip(label, note, kind, tuple(frames))
 
 
-def _one_for_all(row: Row, run: Path, path: str | None, spec: str, width: int, height: int) -> Frame:
-    """The one picture that stands for a batch: its PSNR to all of them, and that to the nearest, said to be chosen."""
+def _one_for_all(row: Row, run: Path, path: str | None, spec: str, width: int, height: int) -> tuple[Frame, str]:
+    """The one picture that stands for a batch: its PSNR to all of them, and that to the nearest, said to be chosen.
+
+    Beside it the words for its PSNR to their mean, "" where that is not known.
+    """
     psnr, told = numbers(row, "psnr_db"), row.get("representative")
-    nearest = number(told.get("nearest_psnr_db")) if isinstance(told, Mapping) else None
+    found = told if isinstance(told, Mapping) else {}
+    nearest, to_mean = (number(found.get(name)) for name in ("nearest_psnr_db", "batch_mean_psnr_db"))
     mean = statistics.fmean(psnr) if psnr else None
     caption = f"for all: {plain_number(mean)} dB" if mean is not None else "PSNR missing"
     alt = (
-        f"{spec}, one image for all {len(psnr)}, mean PSNR {plain_number(mean)} dB, nearest {plain_number(nearest)} dB"
+        f"{spec}, one image for all {len(psnr)}, mean PSNR {plain_number(mean)} dB, to their mean {plain_number(to_mean)} dB, "
+        f"nearest {plain_number(nearest)} dB (chosen by the truth)"
     )
-    return _frame(run, path, alt, width, height, caption)
+    words = f"PSNR to their mean {plain_number(to_mean)} dB" if to_mean is not None else ""
+    return _frame(run, path, alt, width, height, caption), words
 
 
 def _parameters_of_control(row: Row) -> str:

@@ -43,7 +43,7 @@ VARIANT_FIELDS = (
 """Fields that split a line of the table in two where they differ inside one case."""
 
 BATCH_MEAN = "batch-mean"
-"""The mean of the true images: a bound for one image that stands for all, never the baseline that verdicts go by."""
+"""The mean of the true images: of all single images the least mean MSE to them, never the baseline that verdicts go by."""
 
 BASELINES = ("mean-image", "nearest-public", "noise", BATCH_MEAN)
 
