@@ -25,7 +25,7 @@ def infer_labels(update: Update, model: nn.Module, knowledge: Knowledge, *, gene
         raise NotApplicable("learning_rate must be known to count the labels of a batch in a weight difference")
     steps = knowledge.local_steps or 1
     gradient = {name: value / steps for name, value in update.gradient(knowledge.learning_rate).items()}
-    weight, bias = _last_dense(model, gradient, classes)
+    weight, bias = last_dense(model, gradient, classes)
     if bias is None:
         if batch > 1:
             raise NotApplicable("labels of a batch cannot be read off a last dense layer without a bias")
@@ -42,7 +42,7 @@ def infer_labels(update: Update, model: nn.Module, knowledge: Knowledge, *, gene
     return _round_to_total(counts.clamp_min(0.0), batch)
 
 
-def _last_dense(model: nn.Module, gradient: State, classes: int | None) -> tuple[str, str | None]:
+def last_dense(model: nn.Module, gradient: State, classes: int | None) -> tuple[str, str | None]:
     """Names of weight and bias of the last Linear with `classes` outputs whose gradient was sent."""
     found: tuple[str, str | None] | None = None
     for name, module in model.named_modules():

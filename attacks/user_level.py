@@ -5,15 +5,14 @@ FL@FM workshop of NeurIPS 2023, arXiv 2409.07291: Eq. 13 (the prior's loss) and 
 t_min, a sliding asymmetric Hamming window over the layers, the matching gradient clipped by the prior's, final denoising).
 Differs from it: no code was published, and its words give no formula but Eq. 13, which is that of Graikos et al., NeurIPS 2022
 (arXiv 2206.09012) for a point mass. So all of these are ours: the window's form, the scale of the matching loss (that of a
-zero update is 1, under the same window), linear annealing, Adam and its falling rate, κ and t_min; annealing = "cosine",
-"adamax", `memory` and kappa = 0.1 are those of Graikos et al.'s own code. The image's label, of which nothing is said, is by
-default that of iDLG's rule: the one class for which a single image's last layer can have this gradient, which for a batch is
-the class that the model expects too rarely. Others are the most frequent class, and the shares of all: a batch of copies of one
+zero update is 1, under the same window), linear annealing, Adam and its falling rate, κ and t_min; `memory` and kappa = 0.1
+are those of Graikos et al.'s own code. Of the image's label nothing is said. By default it is the one class of all known labels
+where they agree, else that of iDLG's rule: the one class for which a single image's last layer can have this gradient. For a
+batch of several classes that is the one that the model expects too rarely, the most so where there are several; known labels
+that differ are then not looked at. Others are the most frequent class, and the shares of all: a batch of copies of one
 image, labelled in these shares, has exactly the gradient that the match then simulates; but where labels are hidden a
 trained model's are counted wrongly, and the match then has the wrong sign. Final denoising starts from the image noised to
 t_min. Several chains run together and the one whose image matches the update best, all layers counting, is kept.
-guidance = "posterior" is our own: gg-cdm's posterior mean for one image with that label. That a batch's gradient is no image's
-gradient is noise to it, whose level it reads off the residuals; so a known defense is not looked at.
 """
 
 import math
@@ -26,24 +25,20 @@ import torch
 from torch import Tensor, nn
 
 from attacks.controls import snapshot_steps, usual_controls
-from attacks.gg_cdm import GGCDM, fitting_prior
-from attacks.labels import infer_labels
+from attacks.gg_cdm import fitting_prior
+from attacks.labels import infer_labels, last_dense
 from attacks.matching import DISTANCES, Distance, Match, Problem, objective, pose, reconstruction
 from fedattack.errors import FedattackError, NotApplicable, must, one_of
 from fedattack.priors import Prior, ddim_step, denoise
 from fedattack.tasks import Task
 from fedattack.types import Control, Knowledge, Progress, Reconstruction, State, Update, silent
 
-GUIDANCES = ("matching", "posterior", "none")
+GUIDANCES = ("matching", "none")
 LABELS = ("idlg", "majority", "distribution")
-ANNEALINGS: dict[str, Callable[[float], float]] = {
-    "linear": lambda u: 1.0 - u,
-    "cosine": lambda u: (1.0 - u) * (2.0 + math.cos(20.0 * u)) / 3.0,
-}
-"""Share of the way from T − 1 down to t_min that is left at progress u in [0, 1]; "cosine" swings, as Graikos et al.'s code."""
-
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamax": torch.optim.Adamax}
 WINDOWS = ("hamming", "none")
+
+REACH = 1 / 3
+"""Share of the layers that the window reaches below its centre."""
 
 STARTS = {"noise": 1.0, "grey": 0.2}
 """How the image may start; the number is its standard deviation around grey, where −1 is black and 1 is white."""
@@ -56,17 +51,13 @@ COUNTED = 1000
 class UserLevel:
     """Classifiers: one image that stands for a user's whole batch, however large, by a diffusion prior.
 
-    label: of the image, "idlg", or "majority" or "distribution" (the shares of all classes) from known or inferred labels.
-    distance: of each layer, "cosine", "relative-l2" or "l2". window: "hamming", reaching `width` of the layers below its
-    centre, which goes from the deepest to the shallowest layer; "none" has all layers count all the time. kappa: most norm of
-    the matching gradient in units of the prior's, smoothed by `memory` (share of the past, 0 none). weight: of the matching
-    loss; clipping limits what it does. start: "noise", N(0, 1), or "grey". learning_rate: falls linearly to zero. draws: of
-    (t, ε) for a step; jitter: timesteps, t is moved at random by up to as many. jacobian: the prior's gradient goes through
-    its network, or that is left out (score distillation). annealing: of t, down to the share t_min of T − 1. final_steps: of
-    DDIM from there, 0 for none. restarts: chains in one batch.
-
-    guidance: "matching", the paper's; "none", the prior's loss alone, whose first chain is the result; "posterior", gg-cdm's
-    chain of `steps` sampling steps, the mean of `restarts` chains, with none of the options named above but `label`.
+    guidance: "matching", the paper's; "none", the prior's loss alone, whose first chain is the result. label: of the image,
+    "idlg", or "majority" or "distribution" (the shares of all classes) from known or inferred labels. distance: of each layer,
+    "cosine", "relative-l2" or "l2". window: "hamming", whose centre goes from the deepest to the shallowest layer; "none" has
+    all layers count all the time. kappa: most norm of the matching gradient in units of the prior's, smoothed by `memory`
+    (share of the past, 0 none). weight: of the matching loss; clipping limits what it does. start: "noise", N(0, 1), or "grey".
+    learning_rate: falls linearly to zero. t_min: share of T − 1 to which t falls. final_steps: of DDIM from there, 0 for none.
+    restarts: chains in one batch. precision: of the match, "float32" or "float64"; None: the update's.
     """
 
     name: ClassVar[str] = "user-level"
@@ -77,19 +68,13 @@ class UserLevel:
     label: str = "idlg"
     distance: str = "cosine"
     window: str = "hamming"
-    width: float = 1 / 3
     kappa: float = 10.0
     memory: float = 0.0
     weight: float = 10_000.0
     start: str = "noise"
     steps: int = 4000
-    optimizer: str = "adam"
     learning_rate: float = 0.2
-    annealing: str = "linear"
     t_min: float = 0.05
-    jitter: int = 0
-    draws: int = 1
-    jacobian: bool = True
     final_steps: int = 10
     restarts: int = 1
     precision: str | None = None
@@ -101,21 +86,18 @@ class UserLevel:
             ("distance", DISTANCES, self.distance),
             ("window", WINDOWS, self.window),
             ("start", STARTS, self.start),
-            ("optimizer", OPTIMIZERS, self.optimizer),
-            ("annealing", ANNEALINGS, self.annealing),
         )
         for what, table, got in named:
             if got not in table:
                 raise FedattackError(one_of(what, table, got))
-        for name in ("steps", "restarts", "draws"):
+        for name in ("steps", "restarts"):
             if getattr(self, name) < 1:
                 raise FedattackError(must(name, "a whole number of at least 1", getattr(self, name)))
-        for name in ("kappa", "weight", "jitter", "final_steps"):
+        for name in ("kappa", "weight", "final_steps"):
             if not getattr(self, name) >= 0:
                 raise FedattackError(must(name, "zero or positive", getattr(self, name)))
-        for name in ("width", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise FedattackError(must(name, "above zero", getattr(self, name)))
+        if not self.learning_rate > 0:
+            raise FedattackError(must("learning_rate", "above zero", self.learning_rate))
         if not 0 <= self.t_min <= 1:
             raise FedattackError(must("t_min", "in [0, 1], a share of the timesteps", self.t_min))
         if not 0 <= self.memory < 1:
@@ -125,13 +107,10 @@ class UserLevel:
         """None for guidance "none", which is one."""
         if self.guidance == "none":
             return ()
-        schedule = ("start", "steps", "optimizer", "learning_rate", "annealing", "t_min", "jitter", "draws")
-        shared = (*schedule, "jacobian", "final_steps")
+        image = ("start", "steps", "learning_rate", "t_min", "final_steps")
+        loss = ("label", "distance", "window", "precision")
         evaluations = self.steps * self.restarts
-        jacobians = self.guidance == "posterior"
-        return usual_controls(
-            self, shared=shared, alone={"guidance": "none"}, evaluations=evaluations, jacobians=jacobians
-        )
+        return usual_controls(self, shared=image + loss, alone={"guidance": "none"}, evaluations=evaluations)
 
     def reconstruct(
         self,
@@ -152,19 +131,15 @@ class UserLevel:
             local_batch_size=1,
             labels=shares if self.label == "distribution" else majority,
         )
-        if self.guidance == "posterior":
-            chain = GGCDM(guidance="posterior", sampling_steps=self.steps, restarts=self.restarts)
-            blind = replace(alone, defense=None)
-            found = chain.reconstruct(update, model, task, blind, generator=generator, progress=progress)
-        else:
-            problem = pose(update, model, task, alone, precision=self.precision, scale_free=self.distance == "cosine")
-            search = Search(self, problem, fitting_prior(knowledge), generator, progress)
-            match = search.run()
-            found = reconstruction(problem, match, perf_counter() - begun)
-            found.diagnostics["clipped"] = search.clipped
-            trajectory = torch.stack([*search.snapshots, found.images.cpu()])
-            found = replace(found, trajectory=trajectory, trajectory_steps=(*search.due, self.steps))
-        found.diagnostics["label_share"] = float(shares.max())
+        problem = pose(update, model, task, alone, precision=self.precision, scale_free=self.distance == "cosine")
+        search = Search(self, problem, fitting_prior(knowledge), generator, progress)
+        match = search.run()
+        found = reconstruction(problem, match, perf_counter() - begun)
+        found.diagnostics["clipped"] = search.clipped
+        if self.label != "idlg":
+            found.diagnostics["label_share"] = float(shares.max())
+        trajectory = torch.stack([*search.snapshots, found.images.cpu()])
+        found = replace(found, trajectory=trajectory, trajectory_steps=(*search.due, self.steps))
         return replace(found, labels=majority, represents="user", seconds=perf_counter() - begun)
 
 
@@ -174,36 +149,48 @@ def class_shares(
 ) -> Tensor:
     """(1,K) float64 shares of the classes in the batch; for label = "idlg" all of it is the class of the one image.
 
-    Raises NotApplicable where labels are hidden and the update does not tell them.
+    Raises NotApplicable where labels are hidden, or differ and "idlg" is asked for, and the update does not tell them.
     """
-    assert knowledge.num_classes is not None
-    labels = knowledge.labels
+    classes = knowledge.num_classes
+    assert classes is not None
+    known = None if knowledge.labels is None else _shares(knowledge.labels, classes)
     if label == "idlg":
-        labels = infer_labels(update, model, replace(knowledge, batch_size=1), generator=generator)
-    elif labels is None:
-        counted = replace(knowledge, batch_size=knowledge.batch_size or COUNTED)
-        labels = infer_labels(update, model, counted, generator=generator)
+        if known is not None and float(known.max()) == 1.0:
+            return known
+        gradient = update.gradient(knowledge.learning_rate)
+        weight, bias = last_dense(model, gradient, classes)
+        if not bool(gradient[bias or weight].any()):
+            raise NotApplicable(f"the gradient of the last dense layer's {'bias' if bias else 'weight'} is zero")
+        rule = infer_labels(update, model, replace(knowledge, batch_size=1), generator=generator)
+        return _shares(rule, classes)
+    if known is not None:
+        return known
+    counted = replace(knowledge, batch_size=knowledge.batch_size or COUNTED)
+    return _shares(infer_labels(update, model, counted, generator=generator), classes)
+
+
+def _shares(labels: Tensor, classes: int) -> Tensor:
+    """(1,K) of class indices (B,) or of probabilities (B,K)."""
     if labels.ndim == 2:
         return labels.double().mean(0, keepdim=True)
-    return torch.nn.functional.one_hot(labels, knowledge.num_classes).double().mean(0, keepdim=True)
+    return torch.nn.functional.one_hot(labels, classes).double().mean(0, keepdim=True)
 
 
 # ------------------------------------------------------------------------------------------------ the schedules
-def window_weights(layers: int, progress: float, width: float) -> Tensor:
+def window_weights(layers: int, progress: float) -> Tensor:
     """ω (L,) of layers 1 … L, shallow to deep, at progress u in [0, 1]: all layers from c(u) = L − u(L − 1) up count 1.
 
-    Below the centre the weight falls along half a Hamming window to 0.08 at a distance of R = width·L layers, and is 0 beyond.
+    Below the centre the weight falls along half a Hamming window to 0.08 at a distance of R = REACH·L layers, and is 0 beyond.
     """
     below = layers - progress * (layers - 1) - torch.arange(1, layers + 1, dtype=torch.float64)
-    reach = width * layers
+    reach = REACH * layers
     side = 0.54 + 0.46 * (math.pi * below / reach).cos()
     return torch.where(below <= 0, 1.0, torch.where(below <= reach, side, 0.0))
 
 
-def timestep_at(progress: float, timesteps: int, annealing: str, t_min: float) -> int:
-    """t at progress u in [0, 1]: T − 1 at its start, t_min·(T − 1) at its end."""
-    left = ANNEALINGS[annealing](progress)
-    return round((timesteps - 1) * (t_min + (1.0 - t_min) * left))
+def timestep_at(progress: float, timesteps: int, t_min: float) -> int:
+    """t at progress u in [0, 1]: T − 1 at its start, t_min·(T − 1) at its end, linear in between."""
+    return round((timesteps - 1) * (t_min + (1.0 - t_min) * (1.0 - progress)))
 
 
 def clipped(gradient: Tensor, most: Tensor) -> Tensor:
@@ -245,7 +232,7 @@ class Search:
     def run(self) -> Match:
         attack = self.attack
         x = (STARTS[attack.start] * self.noise()).requires_grad_()
-        optimizer = OPTIMIZERS[attack.optimizer]([x], lr=attack.learning_rate)  # type: ignore[call-arg]
+        optimizer = torch.optim.Adam([x], lr=attack.learning_rate)
         history, smoothed, first = [], None, 0
         shown: list[Tensor] = []
         for step in range(attack.steps):
@@ -286,38 +273,28 @@ class Search:
         return (0.5 + 0.5 * x.detach()).clamp(0.0, 1.0)
 
     def prior_gradient(self, x: Tensor, progress: float) -> Tensor:
-        """Of ‖ε − ε_θ(√ᾱ_t·x + √(1 − ᾱ_t)·ε, t)‖² at x, the mean over `draws` of (t, ε): Eq. 13."""
-        attack, timesteps = self.attack, self.prior.task.num_train_timesteps
-        total = torch.zeros_like(x)
-        for _ in range(attack.draws):
-            now = timestep_at(progress, timesteps, attack.annealing, attack.t_min)
-            if attack.jitter:
-                moved = int(torch.randint(-attack.jitter, attack.jitter + 1, (), generator=self.generator))
-                now = min(max(now + moved, 0), timesteps - 1)
-            a, noise = float(self.prior.task.alphas_cumprod[now]), self.noise()
-            at = x.detach().requires_grad_(attack.jacobian)
-            with torch.set_grad_enabled(attack.jacobian):
-                noisy = a**0.5 * at + (1 - a) ** 0.5 * noise
-                off = denoise(self.prior, noisy.flatten(0, 1), now)[1].reshape(x.shape) - noise
-            if attack.jacobian:
-                total += torch.autograd.grad(off.square().sum(), at)[0]
-            else:
-                total += 2.0 * a**0.5 * off
-        return total / attack.draws
+        """Of ‖ε − ε_θ(√ᾱ_t·x + √(1 − ᾱ_t)·ε, t)‖² at x for one ε a chain: Eq. 13."""
+        now = timestep_at(progress, self.prior.task.num_train_timesteps, self.attack.t_min)
+        a, noise = float(self.prior.task.alphas_cumprod[now]), self.noise()
+        at = x.detach().requires_grad_()
+        noisy = a**0.5 * at + (1 - a) ** 0.5 * noise
+        off = denoise(self.prior, noisy.flatten(0, 1), now)[1].reshape(x.shape) - noise
+        return torch.autograd.grad(off.square().sum(), at)[0]
 
     def matching_gradient(self, x: Tensor, progress: float) -> tuple[Tensor, Tensor]:
-        """Losses (R,) and the gradient of weight times their sum, (R,1,C,H,W)."""
-        losses = self.distances(progress)({"images": 0.5 + 0.5 * x.to(self.problem.dtype)})
-        if self.attack.guidance == "none":
-            return losses.detach(), torch.zeros_like(x)
+        """Losses (R,) and the gradient of weight times their sum, (R,1,C,H,W); zero, and no graph, without guidance."""
+        guided = self.attack.guidance != "none"
+        with torch.set_grad_enabled(guided):
+            losses = self.distances(progress)({"images": 0.5 + 0.5 * x.to(self.problem.dtype)})
+        if not guided:
+            return losses, torch.zeros_like(x)
         gradient = torch.autograd.grad(self.attack.weight * losses.sum(), x)[0]
         return losses.detach(), gradient
 
     def distances(self, progress: float) -> Callable[..., Tensor]:
         """Σ ω_l·D_l as a share of what it is for a zero update, for guesses with a restart axis."""
         attack, count = self.attack, len(self.layers)
-        every = torch.ones(count, dtype=torch.float64) if attack.window == "none" else None
-        weights = (window_weights(count, progress, attack.width) if every is None else every).tolist()
+        weights = [1.0] * count if attack.window == "none" else window_weights(count, progress).tolist()
         distance = DISTANCES[attack.distance]
         whole = sum(weight * float(silence) for weight, silence in zip(weights, self._silence, strict=True))
 
@@ -340,7 +317,7 @@ class Search:
     def finished(self, x: Tensor) -> Tensor:
         """x noised to t_min and denoised in `final_steps` steps of DDIM, which leave no noise."""
         steps, timesteps = self.attack.final_steps, self.prior.task.num_train_timesteps
-        start = timestep_at(1.0, timesteps, self.attack.annealing, self.attack.t_min)
+        start = timestep_at(1.0, timesteps, self.attack.t_min)
         if not steps:
             return x
         times = sorted({round(start * (steps - i) / steps) for i in range(steps)}, reverse=True)
