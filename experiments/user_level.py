@@ -7,12 +7,13 @@ LFW's people are cut into three parts: private, reported on; test, to choose set
 attacker's mean face and the images that the victim is trained on are taken. A batch is images of one person ("person", 20
 at most), of people of one gender ("gender"), or of anybody ("random"). Every attack gets the same float32 gradients.
 
-psnr is the mean over all images of the batch (peak 1); its bound is what the batch's own mean has ("batch-mean").
-"to mean": PSNR to that mean, which one image can reach. "best of B" picks the nearest true image with the truth in hand.
-rank: share of the other batches whose mean is nearer to the result than that of the attacked one, 0.5 by chance.
-Controls: the prior alone; the same attack led by another batch's gradient; the mean public face; one image without a prior,
-found by --joint-attack; up to --joint images, joint inversion of the whole batch and the mean of what it finds. Seconds are
-CPU time.
+psnr is the mean over all images of the batch (peak 1). "batch-mean" is the batch's own mean, of all single images the one of
+least mean MSE. "to mean": PSNR to that mean, which one image can reach. "best of B" picks the nearest true image with the
+truth in hand. rank: share of the other batches whose mean is nearer to the result than that of the attacked one, ties by half;
+0.5 by chance for pixels that know nothing of the batch ("gender": an image of the right one already does better).
+Controls: the prior alone; the same attack led by another batch's gradient, of the same gender where batches are of one; the
+mean public face; one image without a prior, found by --joint-attack; up to --joint images, joint inversion of the whole batch
+and the mean of what it finds. Attacks on one batch draw from the same seed, on different batches not. Seconds are CPU time.
 """
 
 import argparse
@@ -30,11 +31,11 @@ from fedattack.data import ImageData, Splits, load_dataset
 from fedattack.jobs import torch_threads
 from fedattack.metrics import batch_mean, mse, psnr_db, score
 from fedattack.models import build_model
-from fedattack.registry import ATTACKS, parse_spec
+from fedattack.registry import ATTACKS, format_spec, parse_spec
 from fedattack.seeding import derive_generator
 from fedattack.store import append_row, save_png
 from fedattack.tasks import Classification, simulate
-from fedattack.types import Knowledge, Reconstruction, Update
+from fedattack.types import Control, Knowledge, Reconstruction, Update
 
 LFW = Path(__file__).resolve().parents[2] / "shared/data/lfw64.npz"
 SIMILARITIES = ("person", "gender", "random")
@@ -42,6 +43,10 @@ RANKED = 20
 """Batches among which a result's own is looked for, where they are not one person's each."""
 
 ATTACK = "user-level"
+
+JOINT = "inverting-gradients"
+LEAST = 300
+"""Iterations of --joint-attack, unless one of the attacks evaluates the gradient more often."""
 
 
 @dataclass(frozen=True)
@@ -98,21 +103,32 @@ def told(found: Reconstruction, number: int, all_batches: Sequence[Batch], lpips
     """The row of a result against batch `number`."""
     truth = all_batches[number].images
     row = score(found, truth, None, lpips_nets=lpips).as_row()
-    one = found.images.double().mean(0, keepdim=True)
-    distances = [float(mse(one, batch_mean(other.images)[:1].double())) for other in all_batches]
-    nearer = sum(d < distances[number] for i, d in enumerate(distances) if i != number)
+    to_mean = rank = None
+    if found.represents == "user":
+        distances = [float(mse(found.images.double(), batch_mean(b.images)[:1].double())) for b in all_batches]
+        own, others = distances[number], distances[:number] + distances[number + 1 :]
+        to_mean = float(psnr_db(found.images.double(), batch_mean(truth)[:1].double()))
+        rank = fmean((d < own) + (d == own) / 2 for d in others) if others else None
     return {
         "psnr_db": row["psnr_db"],
         "lpips": row["lpips"],
-        "to_mean_db": float(psnr_db(one, batch_mean(truth)[:1].double())),
+        "to_mean_db": to_mean,
         "best_of_batch_db": max(row["psnr_db"]),
-        "rank": nearer / max(len(all_batches) - 1, 1),
+        "rank": rank,
     }
+
+
+def another(everyone: Sequence[Batch], number: int, similarity: str) -> Batch | None:
+    """The next batch after `number`, of the same label where batches are of one gender; None where there is none."""
+    label = everyone[number].labels[0]
+    others = [*everyone[number + 1 :], *everyone[:number]]
+    return next((batch for batch in others if similarity != "gender" or batch.labels[0] == label), None)
 
 
 def run(
     spec: str,
     by: Batch,
+    target: Batch,
     model: nn.Module,
     num_classes: int,
     public: Tensor,
@@ -120,7 +136,10 @@ def run(
     seed: int,
     size: int | None = None,
 ) -> tuple[Reconstruction, float]:
-    """One attack on one batch's update; its CPU seconds. Labels are hidden. size: 1 tells it that there is one image."""
+    """One attack on `target`, led by the update of `by`, and its CPU seconds. Labels are hidden.
+
+    Its random numbers are those of the target. size: 1 tells it that there is one image.
+    """
     name, parameters = parse_spec(spec)
     attack = ATTACKS.create(name, **parameters)
     shape = (by.images.shape[1], by.images.shape[2], by.images.shape[3])
@@ -130,18 +149,30 @@ def run(
     )
     update, task = by.update(model), Classification()
     begun = process_time()
-    generator = derive_generator(seed, "attack", name)
+    generator = derive_generator(seed, "attack", name, target.name)
     found = attack.reconstruct(update, model, task, knowledge, generator=generator)
     seconds = process_time() - begun
     return (replace(found, represents="user") if size == 1 else found), seconds
 
 
-def prior_alone(spec: str) -> str:
-    """The attack's own control without guidance."""
+def controls_of(spec: str) -> tuple[str, Sequence[Control]]:
+    """An attack's name and its own controls, none for many."""
     name, parameters = parse_spec(spec)
     attack: Any = ATTACKS.create(name, **parameters)
-    control = next(control for control in attack.controls() if control.kind == "prior-alone")
-    return f"{name}({', '.join(f'{key}={value!r}' for key, value in (control.parameters or {}).items())})"
+    return name, attack.controls() if hasattr(attack, "controls") else ()
+
+
+def prior_alone(spec: str) -> str | None:
+    """The attack's own control without guidance."""
+    name, controls = controls_of(spec)
+    found = (format_spec(c.attack or name, c.parameters or {}) for c in controls if c.kind == "prior-alone")
+    return next(found, None)
+
+
+def evaluations(spec: str) -> int:
+    """What the attack says that joint inversion beside it may spend; 0 if nothing."""
+    _, controls = controls_of(spec)
+    return max((int((c.parameters or {}).get("iterations", 0)) for c in controls if c.attack == JOINT), default=0)
 
 
 def table(chosen: argparse.Namespace, splits: Splits, count: int, similarity: str) -> Iterator[dict[str, Any]]:
@@ -157,23 +188,25 @@ def table(chosen: argparse.Namespace, splits: Splits, count: int, similarity: st
         everyone = batches(data, count, similarity, max(chosen.users, others), seed)
         facts = {"batch": count, "similarity": similarity, "seed": seed, "model": chosen.model, "train": chosen.train}
         for number, target in enumerate(everyone[: chosen.users]):
-            other = everyone[(number + 1) % len(everyone)]
+            other = another(everyone, number, similarity)
             mean = public.double().mean(0, keepdim=True).float()
             fixed = {
                 "mean public face": Reconstruction(images=mean, represents="user"),
-                "batch-mean (bound)": Reconstruction(images=batch_mean(target.images)[:1], represents="user"),
+                "batch-mean": Reconstruction(images=batch_mean(target.images)[:1], represents="user"),
             }
             for label, found in fixed.items():
                 yield {**facts, "attack": label, "user": target.name, **told(found, number, everyone, chosen.lpips)}
-            todo = {spec: (spec, target, None) for spec in chosen.attack}
+            todo: dict[str, tuple[str, Batch, int | None]] = {spec: (spec, target, None) for spec in chosen.attack}
             if chosen.controls:
-                todo |= {f"{spec}, prior alone": (spec, target, None) for spec in map(prior_alone, chosen.attack)}
-                todo |= {f"{spec}, unrelated": (spec, other, None) for spec in chosen.attack if other is not target}
+                alone = [control for spec in chosen.attack if (control := prior_alone(spec))]
+                todo |= {f"{spec}, prior alone": (spec, target, None) for spec in alone}
+                if other:
+                    todo |= {f"{spec}, unrelated": (spec, other, None) for spec in chosen.attack}
                 todo[f"one image without a prior: {chosen.joint_attack}"] = (chosen.joint_attack, target, 1)
             if count <= chosen.joint:
                 todo[f"jointly: {chosen.joint_attack}"] = (chosen.joint_attack, target, None)
             for place, (label, (spec, by, size)) in enumerate(todo.items()):
-                found, seconds = run(spec, by, model, data.num_classes, public, chosen.prior, seed, size)
+                found, seconds = run(spec, by, target, model, data.num_classes, public, chosen.prior, seed, size)
                 more = {
                     "seconds": seconds,
                     "steps": found.steps,
@@ -182,7 +215,7 @@ def table(chosen: argparse.Namespace, splits: Splits, count: int, similarity: st
                 }
                 results = {label: found}
                 if len(found.images) > 1:
-                    results["mean of these"] = replace(found, images=batch_mean(found.images)[:1], represents="user")
+                    results[f"mean of {label}"] = replace(found, images=batch_mean(found.images)[:1], represents="user")
                 for shown, result in results.items():
                     row = told(result, number, everyone, chosen.lpips)
                     yield {**facts, "attack": shown, "user": target.name, **row, **more}
@@ -196,6 +229,8 @@ def table(chosen: argparse.Namespace, splits: Splits, count: int, similarity: st
 
 def line(rows: Sequence[Mapping[str, Any]]) -> str:
     def spread(values: Sequence[float], digits: int = 2) -> str:
+        if not values:
+            return "–"
         off = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{fmean(values):.{digits}f}{off}"
 
@@ -207,9 +242,9 @@ def line(rows: Sequence[Mapping[str, Any]]) -> str:
         str(rows[0]["attack"]),
         str(len(rows)),
         spread([fmean(row["psnr_db"]) for row in rows]),
-        spread([row["to_mean_db"] for row in rows]),
+        spread([row["to_mean_db"] for row in rows if row["to_mean_db"] is not None]),
         spread([row["best_of_batch_db"] for row in rows]),
-        spread([row["rank"] for row in rows]),
+        spread([row["rank"] for row in rows if row["rank"] is not None]),
         ", ".join(lpips) or "–",
         f"{fmean(row['loss'] for row in rows):.3g}" if rows[0].get("loss") is not None else "–",
         f"{fmean(row['seconds'] for row in rows):.1f}" if "seconds" in rows[0] else "–",
@@ -235,7 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-controls", dest="controls", action="store_false")
     parser.add_argument("--joint", type=int, default=0, help="largest batch that joint inversion is tried on")
     parser.add_argument(
-        "--joint-attack", default="inverting-gradients(iterations=300, start='grey', learning_rate=0.02)"
+        "--joint-attack",
+        help="one that needs no prior (default: inverting-gradients, no fewer iterations than any --attack has)",
     )
     parser.add_argument("--model", default="lenet")
     parser.add_argument("--train", type=int, default=0, help="Adam steps of the victim on public images")
@@ -246,6 +282,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="a JSON line for every attack on every batch")
     parser.add_argument("--pictures", type=Path, help="a folder for the images found")
     chosen = parser.parse_args(arguments)
+    if chosen.joint_attack is None:
+        iterations = max(LEAST, *map(evaluations, chosen.attack))
+        chosen.joint_attack = format_spec(JOINT, {"iterations": iterations, "start": "grey", "learning_rate": 0.02})
     splits = load_dataset(chosen.data, image_size=chosen.size, label=chosen.label, by_user=True)
     print(HEADER, flush=True)
     with torch_threads(1):
