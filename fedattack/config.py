@@ -349,7 +349,9 @@ def parse_config(raw: Mapping[str, Any], *, file: str = "config", overrides: Seq
     except ValidationError as error:
         problems += _explain(error, Experiment, _Source(file))
         experiment = Experiment()
-    problems += [f"{file}: score.recognise: {problem}" for problem in _recognise_problems(experiment.score, cells)]
+    problems += [
+        f"{file}: score.recognise: {problem}" for problem in recognise_problems(experiment.score.recognise, cells)
+    ]
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return experiment.model_copy(update={"cells": tuple(_told_apart(cells))})
@@ -489,12 +491,39 @@ def _no_other_update(federation: FederationSettings, capture: CaptureSettings) -
     return ""
 
 
-def _recognise_problems(score: ScoreSettings, cells: Sequence[Settings]) -> list[str]:
-    if not score.recognise:
-        return []
-    from fedattack.recognition import recognise_problems
+def recognise_problems(tasks: Sequence[str], cells: Sequence[Settings]) -> list[str]:
+    """What is wrong with score.recognise: unknown tasks, twice the same, and labels that no data set of the cells has."""
+    from fedattack.recognition_probes import parse_task
 
-    return recognise_problems(score.recognise, cells)
+    problems = []
+    for number, task in enumerate(tasks):
+        try:
+            kind, column = parse_task(task)
+        except FedattackError as error:
+            problems.append(str(error))
+            continue
+        if task in tasks[:number]:
+            problems.append(f"{task!r} must be given once")
+        lacking = {}
+        for cell in cells:
+            data = cell.data.model_dump_json(include={"dataset", "options"})
+            try:
+                lacking[data] = "" if kind == "face" else _lacks(cell.data, column)
+            except FedattackError:
+                continue  # a data set that cannot be opened is reported as such
+        if lacking and all(lacking.values()):
+            problems += dict.fromkeys(lacking.values())
+    return problems
+
+
+def _lacks(data: DataSettings, column: str) -> str:
+    """ "" where the data set has the column, or only reading it would tell."""
+    from fedattack.data import label_columns
+
+    columns = label_columns(data.dataset, **data.options)
+    if columns is None or column in columns:
+        return ""
+    return one_of(f"label of {data.dataset.rpartition('/')[2]} to recognise", columns, column)
 
 
 def _partition_problems(data: DataSettings) -> list[str]:

@@ -47,9 +47,9 @@ from torch import Tensor
 
 from fedattack.cells import load_splits
 from fedattack.config import DataSettings, Experiment, Settings
-from fedattack.data import ImageData, Splits, label_columns, load_dataset, with_label
+from fedattack.data import ImageData, Splits, load_dataset, with_label
 from fedattack.data.resize import fit
-from fedattack.errors import FedattackError, MissingDependency, NotApplicable, must, one_of
+from fedattack.errors import FedattackError, MissingDependency, NotApplicable, must
 from fedattack.jobs import reconstruction_path, torch_threads
 from fedattack.metrics import matched_images
 from fedattack.provenance import copies
@@ -436,36 +436,3 @@ def _majority(answers: Sequence[int | str]) -> int | str:
 
 def _digest(pixels: Tensor) -> str:
     return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------ configuration
-def recognise_problems(tasks: Sequence[str], cells: Sequence[Settings]) -> list[str]:
-    """What is wrong with score.recognise: unknown tasks, twice the same, and labels that no data set of the cells has."""
-    problems = []
-    for number, task in enumerate(tasks):
-        try:
-            kind, column = parse_task(task)
-        except FedattackError as error:
-            problems.append(str(error))
-            continue
-        if task in tasks[:number]:
-            problems.append(f"{task!r} must be given once")
-        lacking = {}
-        for cell in cells:
-            try:
-                lacking[cell.data.model_dump_json(include={"dataset", "options"})] = (
-                    "" if kind == "face" else _lacks(cell.data, column)
-                )
-            except FedattackError:
-                continue  # a data set that cannot be opened is reported as such
-        if lacking and all(lacking.values()):
-            problems += dict.fromkeys(lacking.values())
-    return problems
-
-
-def _lacks(data: DataSettings, column: str) -> str:
-    """ "" where the data set has the column, or only reading it would tell."""
-    columns = label_columns(data.dataset, **data.options)
-    if columns is None or column in columns:
-        return ""
-    return one_of(f"label of {data.dataset.rpartition('/')[2]} to recognise", columns, column)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from experiments.campaign import run_campaign
 from fedattack import scoring
-from fedattack.config import Settings, parse_config
+from fedattack.config import Settings, parse_config, recognise_problems
 from fedattack.data import label_columns, load_dataset, with_label
 from fedattack.errors import ConfigError, FedattackError, MissingDependency, NotApplicable
 from fedattack.metrics import match_batch
@@ -27,7 +27,6 @@ from fedattack.recognition import (
     _Judge,
     _looked_up,
     _majority,
-    recognise_problems,
 )
 from fedattack.recognition_probes import NOISE, Features, Probe, degraded, detect_faces, parse_task, raw_features
 from fedattack.report import build_report
