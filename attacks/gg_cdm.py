@@ -157,7 +157,8 @@ class GGCDM:
         progress: Progress = silent,
     ) -> Reconstruction:
         begun = perf_counter()
-        prior = fitting_prior(knowledge)
+        assert knowledge.prior is not None
+        prior = load_prior(knowledge.prior).fitting(knowledge.image_shape)
         first = None
         if self.start_from != NOISE:
             first, knowledge = first_guess(self.start_from, update, model, task, knowledge, generator)
@@ -193,15 +194,6 @@ class GGCDM:
         found.diagnostics.update(diagnostics, silence=chain.silence, restarts=float(self.restarts))
         trajectory = torch.cat([snapshots[:, best], found.images[None].to(snapshots)])
         return replace(found, trajectory=trajectory, trajectory_steps=(*chain.due, len(chain.times)))
-
-
-def fitting_prior(knowledge: Knowledge) -> Prior:
-    """The known prior, in float32. Raises FedattackError, naming both sides, where its images are not the victim's."""
-    assert knowledge.prior is not None
-    prior, shape = load_prior(knowledge.prior), knowledge.image_shape
-    if prior.image_shape != shape:
-        raise FedattackError(must(f"images of prior {prior.source!r}", f"of shape {shape}", prior.image_shape))
-    return prior
 
 
 # ------------------------------------------------------------------------------------------------ the chain

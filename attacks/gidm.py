@@ -234,9 +234,7 @@ def _prior(update: Update, model: nn.Module, task: Task, knowledge: Knowledge, p
     """The prior that the attacker knows, else the attacked weights, in the precision and on the device of `pixels`."""
     shape = (pixels.shape[-3], pixels.shape[-2], pixels.shape[-1])
     prior = load_prior(knowledge.prior) if knowledge.prior else prior_of(update, model, task, shape)
-    if prior.image_shape != shape:
-        raise FedattackError(must(f"images of prior {prior.source!r}", f"of shape {shape}", prior.image_shape))
-    return prior.to(pixels.dtype, pixels.device)
+    return prior.fitting(shape).to(pixels.dtype, pixels.device)
 
 
 def sampler_of(attack: GIDM, prior: Prior, latent: Tensor, generator: torch.Generator) -> Decode:

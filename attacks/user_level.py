@@ -25,11 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from attacks.controls import snapshot_steps, usual_controls
-from attacks.gg_cdm import fitting_prior
 from attacks.labels import infer_labels, last_dense
 from attacks.matching import DISTANCES, Distance, Match, Problem, objective, pose, reconstruction
 from fedattack.errors import FedattackError, NotApplicable, must, one_of
-from fedattack.priors import Prior, ddim_step, denoise
+from fedattack.priors import Prior, ddim_step, denoise, load_prior
 from fedattack.tasks import Task
 from fedattack.types import Control, Knowledge, Progress, Reconstruction, State, Update, silent
 
@@ -132,7 +131,9 @@ class UserLevel:
             labels=shares if self.label == "distribution" else majority,
         )
         problem = pose(update, model, task, alone, precision=self.precision, scale_free=self.distance == "cosine")
-        search = Search(self, problem, fitting_prior(knowledge), generator, progress)
+        assert knowledge.prior is not None
+        prior = load_prior(knowledge.prior).fitting(knowledge.image_shape)
+        search = Search(self, problem, prior, generator, progress)
         match = search.run()
         found = reconstruction(problem, match, perf_counter() - begun)
         found.diagnostics["clipped"] = search.clipped

@@ -49,6 +49,13 @@ class Prior:
         """The prior in another precision, on another device."""
         return replace(self, network=deepcopy(self.network).to(device, dtype))
 
+    def fitting(self, image_shape: tuple[int, int, int] | None) -> "Prior":
+        """Itself. Raises FedattackError, naming both sides, where its images are not the victim's."""
+        if self.image_shape != image_shape:
+            rule = f"of shape {image_shape}"
+            raise FedattackError(must(f"images of prior {self.source!r}", rule, self.image_shape))
+        return self
+
 
 class _Output(nn.Module):
     """A diffusers U-Net called as (images, timesteps) -> tensor."""
