@@ -16,7 +16,7 @@ Floor = Mapping[str, object]
 Key = TypeVar("Key")
 
 State = tuple[str, str]
-"""A case and a round: one architecture in one state of training (for several clients, defenses and seeds, their mean)."""
+"""A case and a round: one architecture in one state of training, all its clients, defenses and seeds together."""
 
 ATTACKS = 5
 """Attacks drawn beside the bounds, those of the highest mean PSNR."""
