@@ -36,6 +36,7 @@ from attacks.matching import Problem, check_options, pose
 from attacks.noise import differences, mean_difference, noise_level, variation_rows, variation_slopes
 from attacks.smoothing import kinks, smoothed, spreads
 from attacks.starting import first_guess, random_start
+from attacks.switching import Gates
 from attacks.timesteps import with_timesteps
 from fedattack.errors import FedattackError, NotApplicable, must, one_of
 from fedattack.jacobians import by_rows
@@ -68,6 +69,18 @@ SLIGHT = 2
 SMOOTHED = 1e-12
 """A smoothed model need not be matched better than this."""
 
+ROUNDS, FRUITLESS = 20, 3
+"""How often free gates are chosen anew, at most, and how often in all without lowering the cost of the gated search."""
+
+GATED, GATED_DENSE = 4, 1024
+"""Equations kept for each pixel and each free gate, up to so many of both; beyond, the gated search is matrix-free."""
+
+LOWER = 0.9
+"""A round of gates has gained nothing unless it ends at this share of the lowest cost so far."""
+
+LOYALTY = 1e-9
+"""Weight, beside the relative cost, of the mean squared distance of the gates from where the image has them."""
+
 REWEIGHTINGS = 2
 """How often the quadratic bound on total variation is renewed where noise is projected out."""
 
@@ -89,8 +102,11 @@ class SecondOrder:
     formed and each step takes up to `inner_steps` iterations of conjugate gradients (with unknown noise at most 512
     pixels: there this is faster, and keeps every equation).
     smoothing_iterations: trial steps, before those on the model itself, at each of five widths of smoothed copies of a model
-    whose modules include ReLUs, the gradients of which jump; 0: none. spectrum: whether rank and condition number are
-    computed at the end (beyond dense_limit only a lower bound of the condition number, from the conjugate gradients).
+    whose modules include ReLUs, the gradients of which jump; 0: none. switching_iterations: of such a model, where that did
+    not end exactly: trial steps of each of up to 20 rounds in which the on or off of the units nearest to their kinks, a
+    share `gates` of all, is unknown beside the images (see attacks/switching.py); 0: none. For one clean update of one step.
+    spectrum: whether rank and condition number are computed at the end (beyond dense_limit only a lower bound of the condition
+    number, from the conjugate gradients).
 
     sigma: standard deviation of Gaussian noise on every entry of the (pseudo-)gradient; None: what the known defense says,
     else none. With noise the whitened problem is solved, all equations kept as far as memory allows, with a total-variation
@@ -113,6 +129,8 @@ class SecondOrder:
     dense_limit: int = 4096
     inner_steps: int = 300
     smoothing_iterations: int = 10
+    switching_iterations: int = 12
+    gates: float = 0.2
     spectrum: bool = True
     sigma: float | None = None
     prior_weight: float = 0.5
@@ -126,6 +144,8 @@ class SecondOrder:
         for name in ("sigma", "prior_weight"):
             if (value := getattr(self, name)) is not None and not value >= 0:
                 raise FedattackError(must(name, "zero or positive", value))
+        if not 0 < self.gates <= 1:
+            raise FedattackError(must("gates", "a share above 0, at most 1", self.gates))
 
     def reconstruct(
         self,
@@ -240,6 +260,11 @@ class Equations:
         signs = (2.0 * torch.randint(2, (total,), generator=generator) - 1.0).to(self.wanted)
         return replace(self, buckets=buckets, signs=signs, count=count)
 
+    @property
+    def whole(self) -> "Equations":
+        """Without any sketch."""
+        return replace(self, buckets=None, signs=None, count=len(self.wanted))
+
     def pressed(self, vector: Tensor) -> Tensor:
         if self.buckets is None or self.signs is None:
             return vector
@@ -351,11 +376,15 @@ def _search_images(case: _Case) -> Reconstruction:
     unknowns = math.prod(variable.shape)
     dense = unknowns <= attack.dense_limit
     starts = case.starts()["images"].reshape(attack.restarts, -1)
-    widths = SMOOTHING if attack.smoothing_iterations > 0 and kinks(problem.model) else ()
+    sharp = bool(kinks(problem.model))
+    widths = SMOOTHING if sharp and attack.smoothing_iterations > 0 else ()
+    lone = len(case.views) == 1 and len(problem.steps) == 1 and case.noise == 0
+    switching = sharp and lone and attack.switching_iterations > 0
     if case.first is not None and widths:
         starts[1:2] = starts[0]  # first as it is, for strong smoothing leads away from it, then slightly smoothed
+    rough = replace(case, views=[replace(view, equations=view.verdict) for view in case.views])
     if dense and not (widths and case.count * unknowns <= JACOBIAN):
-        case = case.sketched(attack.sketch, unknowns)
+        case, rough = case.sketched(attack.sketch, unknowns), rough.sketched(attack.sketch, unknowns)
 
     def function(views: Sequence[_View], x: Tensor) -> Tensor:
         images = x.reshape(variable.shape)
@@ -382,14 +411,61 @@ def _search_images(case: _Case) -> Reconstruction:
         spread = spreads(problem.model, problem.sent, start.reshape(variable.shape)) if widths else {}
         for width in widths if case.first is None or number > 1 else (widths[SLIGHT:] if number else ()):
             brief = replace(attack, iterations=attack.smoothing_iterations, tolerance=SMOOTHED)
-            views = [_smoothed(view, {name: width * size for name, size in spread.items()}) for view in case.views]
+            views = [_smoothed(view, {name: width * size for name, size in spread.items()}) for view in rough.views]
             found = _searched(brief, partial(at, views), start, _later(told, len(trials)), box)
             start = found.x if math.isfinite(found.costs[-1]) else start
             trials += found.costs[1:]
         found = _searched(attack, partial(at, case.views), start, _later(told, len(trials)), box)
-        return replace(found, costs=(*trials, *found.costs))
+        best, trials = found, [*trials, *found.costs[1:]]
+        x, lowest, fruitless, share = found.x, math.inf, 0, attack.gates
+        for _ in range(ROUNDS if switching else 0):
+            if case.cost(finish(best)) <= case.success or not math.isfinite(best.costs[-1]) or fruitless == FRUITLESS:
+                break
+            gated = _switched(case, x, share, _later(told, len(trials)))
+            if gated is None or not math.isfinite(gated.costs[-1]):
+                break
+            if gated.costs[-1] < LOWER * lowest:
+                lowest = gated.costs[-1]
+            else:  # near the end fewer gates are in doubt, and too many leave the images undetermined
+                fruitless, share = fruitless + 1, 0.5 * share
+            x, trials = gated.x[:unknowns], [*trials, *gated.costs[1:]]
+            brief = replace(attack, iterations=attack.switching_iterations)
+            found = _searched(brief, partial(at, case.views), x, _later(told, len(trials)), box)
+            trials += found.costs[1:]
+            best = min(best, found, key=lambda end: case.cost(finish(end)))
+        return replace(best, costs=(*trials, best.costs[-1]))
 
-    return _multistart(case, solve, starts, finish, unknowns, len(widths) * attack.smoothing_iterations)
+    before = len(widths) * attack.smoothing_iterations + (2 * ROUNDS * attack.switching_iterations if switching else 0)
+    return _multistart(case, solve, starts, finish, unknowns, before)
+
+
+def _switched(case: _Case, x: Tensor, share: float, told: "Told") -> Solution | None:
+    """A search from x of images and a share of the gates at once, gates last; None where there is no room for any gate."""
+    attack, problem = case.attack, case.views[0].problem
+    shape = problem.unknown["images"].shape
+    gates = Gates.of(problem.model, problem.sent, x.reshape(shape))
+    states, pixels = gates.states, len(x)
+    count = min(math.ceil(share * len(states)), case.count - pixels)
+    if count <= 0:
+        return None
+    near, chance = gates.nearest(count)
+    dense = pixels + count <= GATED_DENSE
+    equations = case.views[0].equations.whole
+    if dense:
+        equations = equations.sketched(max(EQUATIONS, GATED * (pixels + count)), case.generator)
+    gated = replace(problem, model=gates.model)
+
+    def residual(z: Tensor) -> Tensor:
+        images, free = z[:pixels].reshape(shape), z[pixels:]
+        gates.put(states.index_put((near,), free))
+        simulated = gated.simulated({"images": images}, transformable=dense)
+        return torch.cat([equations.residual(simulated), math.sqrt(LOYALTY / count) * (free - chance)])
+
+    def at(z: Tensor) -> Point:
+        return Dense.at(residual, z, _chunk(case.count)) if dense else MatrixFree.at(residual, z, attack.inner_steps)
+
+    brief = replace(attack, iterations=attack.switching_iterations)
+    return _searched(brief, at, torch.cat([x, chance]), told)
 
 
 def _smoothed(view: _View, widths: Mapping[str, float]) -> _View:

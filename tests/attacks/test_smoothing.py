@@ -77,7 +77,7 @@ def test_a_relu_lenet_gives_the_image_exactly(make_update):
         assert all(1 <= i <= n for i, n, _ in calls)
         return end
 
-    sharp, smooth = found(smoothing_iterations=0, sketch=0), found()
+    sharp, smooth = found(smoothing_iterations=0, switching_iterations=0, sketch=0), found(switching_iterations=0)
     assert smooth.diagnostics["certified"] == 1.0
     assert float(psnr_db(smooth.images, images)) > 100
     assert sharp.diagnostics["certified"] == 0.0
