@@ -69,17 +69,18 @@ SLIGHT = 2
 SMOOTHED = 1e-12
 """A smoothed model need not be matched better than this."""
 
-ROUNDS, FRUITLESS = 20, 3
+ROUNDS, FRUITLESS = 20, 5
 """How often free gates are chosen anew, at most, and how often in all without lowering the cost of the gated search."""
 
 GATED, GATED_DENSE = 4, 1024
 """Equations kept for each pixel and each free gate, up to so many of both; beyond, the gated search is matrix-free."""
 
-LOWER = 0.9
+LOWER = 0.8
 """A round of gates has gained nothing unless it ends at this share of the lowest cost so far."""
 
 LOYALTY = 1e-9
-"""Weight, beside the relative cost, of the mean squared distance of the gates from where the image has them."""
+"""Weight, beside the relative cost, of the mean squared distance of the gates from where the images have them; less near the
+end, where it would be all that is left of the cost."""
 
 REWEIGHTINGS = 2
 """How often the quadratic bound on total variation is renewed where noise is projected out."""
@@ -421,7 +422,7 @@ def _search_images(case: _Case) -> Reconstruction:
         for _ in range(ROUNDS if switching else 0):
             if case.cost(finish(best)) <= case.success or not math.isfinite(best.costs[-1]) or fruitless == FRUITLESS:
                 break
-            gated = _switched(case, x, share, _later(told, len(trials)))
+            gated = _switched(case, x, share, min(LOYALTY, 0.1 * lowest), _later(told, len(trials)))
             if gated is None or not math.isfinite(gated.costs[-1]):
                 break
             if gated.costs[-1] < LOWER * lowest:
@@ -439,7 +440,7 @@ def _search_images(case: _Case) -> Reconstruction:
     return _multistart(case, solve, starts, finish, unknowns, before)
 
 
-def _switched(case: _Case, x: Tensor, share: float, told: "Told") -> Solution | None:
+def _switched(case: _Case, x: Tensor, share: float, loyalty: float, told: "Told") -> Solution | None:
     """A search from x of images and a share of the gates at once, gates last; None where there is no room for any gate."""
     attack, problem = case.attack, case.views[0].problem
     shape = problem.unknown["images"].shape
@@ -459,7 +460,7 @@ def _switched(case: _Case, x: Tensor, share: float, told: "Told") -> Solution | 
         images, free = z[:pixels].reshape(shape), z[pixels:]
         gates.put(states.index_put((near,), free))
         simulated = gated.simulated({"images": images}, transformable=dense)
-        return torch.cat([equations.residual(simulated), math.sqrt(LOYALTY / count) * (free - chance)])
+        return torch.cat([equations.residual(simulated), math.sqrt(loyalty / count) * (free - chance)])
 
     def at(z: Tensor) -> Point:
         return Dense.at(residual, z, _chunk(case.count)) if dense else MatrixFree.at(residual, z, attack.inner_steps)

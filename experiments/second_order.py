@@ -99,6 +99,10 @@ CLASSIFIERS = [
     Setting("convnet-small", {"activation": "gelu"}, size=16, steps=300),
     Setting("convnet-small", {"activation": "gelu"}, size=8, batch=4),
     Setting("convnet-small", {"activation": "relu"}, size=8),
+    Setting("convnet-small", {"activation": "relu"}, size=8, steps=300),
+    Setting("convnet-small", {"activation": "relu"}, size=8, batch=4),
+    Setting("convnet-small", {"activation": "relu"}, size=16),
+    Setting("convnet", SMALL | {"activation": "relu"}, size=8),
     Setting("convnet", SMALL | {"activation": "gelu"}, size=16),
     Setting("convnet", SMALL | {"activation": "relu"}, size=16),
     *(
