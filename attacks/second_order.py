@@ -103,9 +103,10 @@ class SecondOrder:
     formed and each step takes up to `inner_steps` iterations of conjugate gradients (with unknown noise at most 512
     pixels: there this is faster, and keeps every equation).
     smoothing_iterations: trial steps, before those on the model itself, at each of five widths of smoothed copies of a model
-    whose modules include ReLUs, the gradients of which jump; 0: none. switching_iterations: of such a model, where that did
-    not end exactly: trial steps of each of up to 20 rounds in which the on or off of the units nearest to their kinks, a
-    share `gates` of all, is unknown beside the images (see attacks/switching.py); 0: none. For one clean update of one step.
+    whose modules include ReLUs, the gradients of which jump (always with weights "layers": deep ones need it); 0: none.
+    switching_iterations: of such a model, where that did not end exactly: trial steps of each of up to 20 rounds in which the
+    on or off of the units nearest to their kinks, a share `gates` of all, is unknown beside the images (see
+    attacks/switching.py); 0: none. For one clean update of one step on all images.
     spectrum: whether rank and condition number are computed at the end (beyond dense_limit only a lower bound of the condition
     number, from the conjugate gradients).
 
@@ -379,13 +380,14 @@ def _search_images(case: _Case) -> Reconstruction:
     starts = case.starts()["images"].reshape(attack.restarts, -1)
     sharp = bool(kinks(problem.model))
     widths = SMOOTHING if sharp and attack.smoothing_iterations > 0 else ()
-    lone = len(case.views) == 1 and len(problem.steps) == 1 and case.noise == 0
+    lone = len(case.views) == 1 and problem.steps == [list(range(variable.shape[0]))] and case.noise == 0
     switching = sharp and lone and attack.switching_iterations > 0
     if case.first is not None and widths:
         starts[1:2] = starts[0]  # first as it is, for strong smoothing leads away from it, then slightly smoothed
     rough = replace(case, views=[replace(view, equations=view.verdict) for view in case.views])
     if dense and not (widths and case.count * unknowns <= JACOBIAN):
-        case, rough = case.sketched(attack.sketch, unknowns), rough.sketched(attack.sketch, unknowns)
+        case = case.sketched(attack.sketch, unknowns)
+        rough = rough.sketched(attack.sketch, unknowns) if widths else rough
 
     def function(views: Sequence[_View], x: Tensor) -> Tensor:
         images = x.reshape(variable.shape)
@@ -408,6 +410,7 @@ def _search_images(case: _Case) -> Reconstruction:
     box = (torch.zeros_like(starts[0]), torch.ones_like(starts[0])) if attack.box == "step" else None
 
     def solve(number: int, start: Tensor, told: Told) -> Solution:
+        first: tuple[float, ...] = ()
         trials: list[float] = []
         spread = spreads(problem.model, problem.sent, start.reshape(variable.shape)) if widths else {}
         for width in widths if case.first is None or number > 1 else (widths[SLIGHT:] if number else ()):
@@ -415,9 +418,9 @@ def _search_images(case: _Case) -> Reconstruction:
             views = [_smoothed(view, {name: width * size for name, size in spread.items()}) for view in rough.views]
             found = _searched(brief, partial(at, views), start, _later(told, len(trials)), box)
             start = found.x if math.isfinite(found.costs[-1]) else start
-            trials += found.costs[1:]
-        found = _searched(attack, partial(at, case.views), start, _later(told, len(trials)), box)
-        best, trials = found, [*trials, *found.costs[1:]]
+            first, trials = first or found.costs[:1], [*trials, *found.costs[1:]]
+        found = best = _searched(attack, partial(at, case.views), start, _later(told, len(trials)), box)
+        first, trials = first or found.costs[:1], [*trials, *found.costs[1:]]
         x, lowest, fruitless, share = found.x, math.inf, 0, attack.gates
         for _ in range(ROUNDS if switching else 0):
             if case.cost(finish(best)) <= case.success or not math.isfinite(best.costs[-1]) or fruitless == FRUITLESS:
@@ -434,10 +437,10 @@ def _search_images(case: _Case) -> Reconstruction:
             found = _searched(brief, partial(at, case.views), x, _later(told, len(trials)), box)
             trials += found.costs[1:]
             best = min(best, found, key=lambda end: case.cost(finish(end)))
-        return replace(best, costs=(*trials, best.costs[-1]))
+        return replace(best, costs=(*first, *trials))
 
-    before = len(widths) * attack.smoothing_iterations + (2 * ROUNDS * attack.switching_iterations if switching else 0)
-    return _multistart(case, solve, starts, finish, unknowns, before)
+    extra = len(widths) * attack.smoothing_iterations + (2 * ROUNDS * attack.switching_iterations if switching else 0)
+    return _multistart(case, solve, starts, finish, unknowns, extra)
 
 
 def _switched(case: _Case, x: Tensor, share: float, loyalty: float, told: "Told") -> Solution | None:
@@ -450,7 +453,7 @@ def _switched(case: _Case, x: Tensor, share: float, loyalty: float, told: "Told"
     if count <= 0:
         return None
     near, chance = gates.nearest(count)
-    dense = pixels + count <= GATED_DENSE
+    dense = pixels + count <= min(GATED_DENSE, attack.dense_limit)
     equations = case.views[0].equations.whole
     if dense:
         equations = equations.sketched(max(EQUATIONS, GATED * (pixels + count)), case.generator)
@@ -465,8 +468,12 @@ def _switched(case: _Case, x: Tensor, share: float, loyalty: float, told: "Told"
     def at(z: Tensor) -> Point:
         return Dense.at(residual, z, _chunk(case.count)) if dense else MatrixFree.at(residual, z, attack.inner_steps)
 
+    box = None
+    if attack.box == "step":
+        open_ended = torch.full_like(chance, math.inf)
+        box = (torch.cat([torch.zeros_like(x), -open_ended]), torch.cat([torch.ones_like(x), open_ended]))
     brief = replace(attack, iterations=attack.switching_iterations)
-    return _searched(brief, at, torch.cat([x, chance]), told)
+    return _searched(brief, at, torch.cat([x, chance]), told, box)
 
 
 def _smoothed(view: _View, widths: Mapping[str, float]) -> _View:

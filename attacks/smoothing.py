@@ -39,8 +39,12 @@ class SmoothReLU(nn.Module):
 
 
 def kinks(model: nn.Module) -> list[str]:
-    """Names of the modules that `smoothed` can replace, empty for a smooth model. ReLUs called as functions are not seen."""
-    return [name for name, module in model.named_modules() if name and isinstance(module, nn.ReLU | nn.LeakyReLU)]
+    """Names of the modules that `smoothed` can replace, empty for a smooth model; all names of one at several places.
+
+    ReLUs called as functions are not seen.
+    """
+    modules = model.named_modules(remove_duplicate=False)
+    return [name for name, module in modules if name and isinstance(module, nn.ReLU | nn.LeakyReLU)]
 
 
 def spreads(model: nn.Module, state: State, images: Tensor) -> dict[str, float]:

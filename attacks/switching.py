@@ -1,13 +1,14 @@
 """Activation patterns as unknowns: how a search crosses the jumps of a piecewise linear network's gradient.
 
-Which units of a ReLU network are on is its activation pattern. Inside one pattern a client's gradient is a polynomial of
-the image; where a unit switches it jumps, and a search that follows slopes is caught between jumps. So a unit is given a
+Which units of a ReLU network are on is its activation pattern. Inside one pattern a client's gradient is a smooth function
+of the image; where a unit switches it jumps, and a search that follows slopes is caught between jumps. So a unit is given a
 gate of its own,
 
     relu(z) → g·z,    g free, 1 for "on" and 0 for "off",
 
-and image and gates are searched at once: nothing jumps any more, the truth is still an exact solution, and a wrong unit can
-be switched gradually. Only units near their kink get a free gate; those far from it are left as the image has them.
+and image and gates are searched at once: free gates do not jump, and a wrong unit can be switched gradually. Only units near
+their kink are free; those far from it are left as the image has them, and where all of these are right, the truth is an exact
+solution. Max pooling has jumps of its own, which are left.
 
 Source: our own. Gates that are separate from what they gate: Fiat, Malach, Shalev-Shwartz, Decoupling gating from
 linearity, arXiv 1906.05032 (for training); here they are unknowns of an inversion.
@@ -53,7 +54,7 @@ class Gates:
 
     @staticmethod
     def of(model: nn.Module, state: State, images: Tensor) -> "Gates":
-        """For images (B,C,H,W). The model is untouched; it needs at least one of the `kinks`."""
+        """For images (B,C,H,W). The model is untouched. ReLUs called as functions are not seen."""
         twin = copy.deepcopy(model)
         heard: list[tuple[Gate, Tensor]] = []
 
@@ -61,21 +62,22 @@ class Gates:
             assert isinstance(module, Gate)
             heard.append((module, inputs[0].detach()))
 
-        gates = []
+        made: dict[nn.Module, Gate] = {}  # one gate for a module that stands at several places
         for name in kinks(twin):
             old = twin.get_submodule(name)
-            gate = Gate(float(old.negative_slope) if isinstance(old, nn.LeakyReLU) else 0.0)
+            gate = made.setdefault(old, Gate(float(old.negative_slope) if isinstance(old, nn.LeakyReLU) else 0.0))
             parent, _, leaf = name.rpartition(".")
             setattr(twin.get_submodule(parent), leaf, gate)
-            gates.append((gate, gate.register_forward_pre_hook(listen)))
+        hooks = [gate.register_forward_pre_hook(listen) for gate in made.values()]
+        for gate in made.values():
             gate.listening = True
         with torch.no_grad():
             bind(twin, {name: tensor.clone() for name, tensor in state.items()})(images)
-        for gate, hook in gates:
+        for gate, hook in zip(made.values(), hooks, strict=True):
             gate.listening = False
             hook.remove()
         inputs = [z.reshape(-1) / z.std(correction=0).clamp_min(torch.finfo(z.dtype).tiny) for _, z in heard]
-        return Gates(twin, torch.cat(inputs), [(gate, z.shape) for gate, z in heard])
+        return Gates(twin, torch.cat([images.new_zeros(0), *inputs]), [(gate, z.shape) for gate, z in heard])
 
     @property
     def states(self) -> Tensor:

@@ -66,6 +66,65 @@ def test_the_nearest_units_are_those_next_to_their_kinks():
     assert 0.4 < float(chance[1]) < 0.5
 
 
+def test_a_module_that_stands_at_two_places_is_met_twice(random_images):
+    """And one that is never called is not met at all."""
+    shared = nn.ReLU()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), shared, nn.Linear(5, 4), shared).double()
+    images = random_images((2, 3, 2, 2)).double()
+    gates = Gates.of(model, dict(model.state_dict()), images)
+    assert kinks(model) == ["2", "4"]
+    assert kinks(gates.model) == []
+    assert [shape for _, shape in gates.calls] == [(2, 5), (2, 4)]
+    gates.put(gates.states)
+    torch.testing.assert_close(gates.model(images), model(images))
+    idle = nn.Sequential(nn.Flatten())
+    idle.unused = nn.ReLU()
+    idle.forward = lambda x: torch.relu(x)
+    assert len(Gates.of(idle, {}, images).inputs) == 0
+
+
+def partly(make_update, model: nn.Module, knowledge: Knowledge, **options: object) -> Reconstruction:
+    images = torch.rand(2, 3, 4, 4, generator=derive_generator(1, "images"), dtype=torch.float64)
+    update = make_update(model, images, torch.tensor([0, 2]))
+    attack = SecondOrder(restarts=1, iterations=4, smoothing_iterations=1, switching_iterations=1, **options)
+    generator = derive_generator(0, "switching")
+    return attack.reconstruct(update, model, Classification(), knowledge, generator=generator)
+
+
+def test_a_step_on_some_of_the_images_is_searched_without_gates(make_update):
+    """Where nothing is found, that is all that is said."""
+    model = build_model("convnet-small", image_shape=(3, 4, 4), num_classes=3, seed=0, width=2).double()
+    known = Knowledge(
+        image_shape=(3, 4, 4),
+        batch_size=2,
+        num_classes=3,
+        labels=torch.tensor([0, 2]),
+        local_batch_size=1,
+        local_steps=1,
+        learning_rate=0.1,
+    )
+    assert partly(make_update, model, known).diagnostics["certified"] == 0.0
+
+
+def test_a_box_holds_in_every_round(make_update, monkeypatch):
+    seen: list[torch.Tensor] = []
+
+    class Told(Gates):
+        @staticmethod
+        def of(model: nn.Module, state: object, images: torch.Tensor) -> Gates:
+            seen.append(images)
+            return Gates.of(model, state, images)
+
+    monkeypatch.setattr(second_order, "Gates", Told)
+    model = build_model("convnet-small", image_shape=(3, 4, 4), num_classes=3, seed=0, width=2).double()
+    known = Knowledge(image_shape=(3, 4, 4), batch_size=2, num_classes=3, labels=torch.tensor([0, 2]))
+    end = partly(make_update, model, known, box="step")
+    assert len(seen) > 1
+    assert all(bool(((images >= 0) & (images <= 1)).all()) for images in seen)
+    assert len(end.losses) == end.steps + 2  # the start's, one for each trial, and the verdict
+    assert end.losses[0] >= end.losses[1] > 0
+
+
 def found(make_update, **options: object) -> tuple[Reconstruction, float]:
     """A smooth 6×6 picture behind a small ReLU ConvNet, from its gradient, one start."""
     rows, columns = torch.meshgrid(torch.arange(6) / 8, torch.arange(6) / 8, indexing="ij")
