@@ -2,14 +2,16 @@
 
     x̂ = argmin over x  ‖ρ(x)‖²
 
-A `Point` is ρ at one x; it can linearise itself, and the `Linear` model solves damped steps. There are three kinds: `Dense`
+A `Point` is ρ at one x; it can linearise itself, and the `Linear` model solves damped steps. There are four kinds: `Dense`
 (Jacobian by vmapped forward mode, normal equations by Cholesky with iterative refinement), `MatrixFree` (conjugate
-gradients on products with J and Jᵀ), and `Projected` (variable projection: ρ = A(x)·y − b(x) with the best y for each x).
+gradients on products with J and Jᵀ), `Recycled` (the same, preconditioned by a Jacobian that is formed now and then), and
+`Projected` (variable projection: ρ = A(x)·y − b(x) with the best y for each x).
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -21,7 +23,15 @@ PROJECTION = 1e-3
 """How exactly matrix-free searches solve for the linear unknowns."""
 
 PATIENCE, STALLED = 8, 0.97
-"""A search is given up where the last so many trials together have not lowered ‖ρ‖² to this share."""
+"""A search is given up where the last so many trials together have not lowered ‖ρ‖² to this share; those before the first
+accepted one, which look for the damping, may be twice as many."""
+
+RENT, LEAST = 8, 32
+"""A Jacobian of n columns is formed anew once n / RENT conjugate gradients, or LEAST if that is more, were preconditioned by
+the last one: they have then cost about as much as forming it does."""
+
+LOOSE, TIGHT = 1e-2, 1e-4
+"""How exactly preconditioned conjugate gradients solve for a step: the more so the nearer the search is to its end."""
 
 SETTLED = 1e-6
 """And has ended where the last accepted step was not even expected to lower ‖ρ‖² by this share: the rest is noise."""
@@ -88,7 +98,7 @@ def levenberg_marquardt(
     x, point = start, at(start)
     cost = _squared(point.residual)
     linear, costs = point.linear(), [cost]
-    mu, factor, reason = damping * linear.scale, 2.0, "iterations"
+    mu, factor, reason, first = damping * linear.scale, 2.0, "iterations", 0
     for iteration in range(1, iterations + 1):
         if not (math.isfinite(cost) and math.isfinite(mu) and mu > 0):
             reason = "not finite" if not math.isfinite(cost) else "flat"
@@ -107,7 +117,7 @@ def levenberg_marquardt(
             if after < cost and gain <= 0:  # the clamped step was not the model's best, but it is better
                 gain = 0.1
         if gain > 0:
-            x, point, cost = trial, new, after
+            x, point, cost, first = trial, new, after, first or iteration
             mu, factor = mu * max(1.0 / 3.0, 1.0 - (2.0 * gain - 1.0) ** 3), 2.0
             if gain > 0.9:
                 mu *= 0.1  # a smooth problem near its end: let the convergence be quadratic
@@ -121,7 +131,8 @@ def levenberg_marquardt(
         if gain > 0 and expected <= max(SETTLED * cost, significant):
             reason = "settled"
             break
-        if len(costs) > PATIENCE and cost > STALLED * costs[-1 - PATIENCE]:
+        before = PATIENCE if first and iteration - first >= PATIENCE else 2 * PATIENCE
+        if len(costs) > before and cost > STALLED * costs[-1 - before]:
             reason = "stalled"
             break
         if gain > 0 and iteration < iterations:
@@ -193,6 +204,54 @@ class Dense:
 
 
 # ---------------------------------------------------------------------------------------------------- matrix-free
+@dataclass(frozen=True)
+class _Damped:
+    """What conjugate gradients found: argmin ‖ρ + J·d‖² + Σ damping·d², or as near as they came. finished: near enough.
+
+    lengths, ratios: of their steps, by which `_ritz` estimates singular values.
+    """
+
+    step: Tensor
+    finished: bool
+    lengths: list[float]
+    ratios: list[float]
+
+    @staticmethod
+    def of(
+        local: Linearised,
+        gradient: Tensor,
+        damping: float | Tensor,
+        most: int,
+        precision: float,
+        inverse: Callable[[Tensor], Tensor] = lambda vector: vector,
+        step: Tensor | None = None,
+    ) -> "_Damped":
+        """CGLS (Hestenes and Stiefel 1952), from `step` or 0. inverse: about (JᵀJ + damping)⁻¹, in whose norm the gradient
+        falls to `precision` of what it is at 0; gradient: Jᵀ·ρ."""
+        enough = precision**2 * float(gradient @ inverse(gradient))
+        if step is None:
+            step, left, slope = torch.zeros_like(gradient), -local.value, -gradient
+        else:
+            left = -local.value - local.times(step)
+            slope = local.back(left) - damping * step
+        direction = inverse(slope)
+        size = float(slope @ direction)
+        lengths: list[float] = []
+        ratios: list[float] = []
+        while enough < size < math.inf and len(lengths) < most:
+            image = local.times(direction)
+            length = size / (_squared(image) + float((damping * direction.square()).sum()))
+            step = step + length * direction
+            left = left - length * image
+            slope = local.back(left) - damping * step
+            ahead = inverse(slope)
+            before, size = size, float(slope @ ahead)
+            direction = ahead + (size / before) * direction
+            lengths.append(length)
+            ratios.append(size / before)
+        return _Damped(step, size <= enough, lengths, ratios)
+
+
 @dataclass
 class MatrixFreeLinear:
     """Products with J and Jᵀ only. solve() is CGLS, stopped at a relative residual of `precision`.
@@ -213,27 +272,9 @@ class MatrixFreeLinear:
         return _squared(self.local.times(self.gradient / norm)) if norm > 0 else 0.0
 
     def solve(self, damping: float) -> Tensor | None:
-        step = torch.zeros_like(self.gradient)
-        left = -self.local.value  # −ρ − J·d
-        slope = -self.gradient  # Jᵀ·left − damping·d
-        direction, size = slope, _squared(slope)
-        enough = self.precision**2 * size
-        lengths: list[float] = []
-        ratios: list[float] = []
-        for _ in range(self.inner):
-            if size <= enough or size == 0 or not math.isfinite(size):
-                break
-            image = self.local.times(direction)
-            length = size / (_squared(image) + damping * _squared(direction))
-            step = step + length * direction
-            left = left - length * image
-            slope = self.local.back(left) - damping * step
-            before, size = size, _squared(slope)
-            direction = slope + (size / before) * direction
-            lengths.append(length)
-            ratios.append(size / before)
-        self.extremes = _ritz(lengths, ratios, damping)
-        return step
+        found = _Damped.of(self.local, self.gradient, damping, self.inner, self.precision)
+        self.extremes = _ritz(found.lengths, found.ratios, damping)
+        return found.step
 
     def predicted(self, step: Tensor) -> float:
         return _squared(self.local.value + self.local.times(step))
@@ -280,6 +321,100 @@ class MatrixFree:
         return MatrixFreeLinear(local, local.back(local.value), self.inner, max(precision, 1e-8))
 
 
+# ---------------------------------------------------------------------------------------------------- recycled
+@dataclass
+class Formed:
+    """JᵀJ where a search formed it last, which preconditions the points that follow. spent: iterations since then."""
+
+    gram: Tensor | None = None
+    spent: int = 0
+
+    def form(self, function: Function, x: Tensor, chunk: int) -> None:
+        """In float32: exactly enough for a preconditioner, and two to four times as fast."""
+        rows = jacobian_transposed(function, x.float(), chunk).to(x)
+        self.gram, self.spent = rows @ rows.T, 0
+
+    def inverse(self, damping: float | Tensor, first: int = 0) -> Callable[[Tensor], Tensor] | None:
+        """(JᵀJ + damping)⁻¹ for the unknowns from `first` on, or None where that is not to be had."""
+        if self.gram is None:
+            return None
+        damped = self.gram[first:, first:].clone()
+        damped.diagonal().add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        return None if int(failed) else partial(_cholesky_solve, factor)
+
+    def solve(
+        self, local: Linearised, gradient: Tensor, damping: float | Tensor, form: Callable[[], None]
+    ) -> Tensor | None:
+        """argmin ‖ρ + J·d‖² + Σ damping·d²; form(): forms J anew, which is done where the last one was used long enough."""
+        rent = max(LEAST, len(gradient) // RENT)
+        precision = max(TIGHT, min(LOOSE, float(local.value.norm())))
+        step = None
+        for _ in range(2):
+            if self.gram is None or self.spent >= rent:
+                form()
+            inverse = self.inverse(damping)
+            if inverse is None:
+                return None
+            found = _Damped.of(local, gradient, damping, rent - self.spent, precision, inverse, step)
+            self.spent += len(found.lengths)
+            step = found.step
+            if found.finished:
+                break
+        return step
+
+
+@dataclass(frozen=True)
+class Recycled:
+    """ρ at x with every equation; J, of a few random sums of them, is formed at some points only.
+
+    Between these points JᵀJ changes little, and conjugate gradients need a few products with the J of today: Gauss-Newton
+    steps for a small share of the price. whole: ρ in plain autograd. sketched: sums of it for forward mode, in float32 too.
+    """
+
+    whole: Function
+    sketched: Function
+    x: Tensor
+    residual: Tensor
+    chunk: int
+    formed: Formed
+
+    @staticmethod
+    def at(whole: Function, sketched: Function, x: Tensor, chunk: int, formed: Formed) -> "Recycled":
+        with torch.no_grad():
+            return Recycled(whole, sketched, x, whole(x), chunk, formed)
+
+    def form(self) -> None:
+        self.formed.form(self.sketched, self.x, self.chunk)
+
+    def linear(self) -> "RecycledLinear":
+        if self.formed.gram is None:
+            self.form()
+        assert self.formed.gram is not None
+        local = Linearised.at(self.whole, self.x)
+        return RecycledLinear(self, local, local.back(local.value), float(self.formed.gram.diagonal().max()))
+
+
+@dataclass(frozen=True)
+class RecycledLinear:
+    """Steps by preconditioned conjugate gradients; where they take too many, J is formed here first."""
+
+    point: Recycled
+    local: Linearised
+    gradient: Tensor
+    scale: float
+
+    def solve(self, damping: float) -> Tensor | None:
+        return self.point.formed.solve(self.local, self.gradient, damping, self.point.form)
+
+    def predicted(self, step: Tensor) -> float:
+        return _squared(self.local.value + self.local.times(step))
+
+    def spectrum(self) -> Tensor | None:
+        rows = jacobian_transposed(self.point.sketched, self.point.x, self.point.chunk)
+        return DenseLinear.of(self.local.value.new_zeros(rows.shape[1]), rows).spectrum()
+
+
 # ---------------------------------------------------------------------------------------------------- projected
 @dataclass(frozen=True)
 class Projected:
@@ -324,20 +459,33 @@ class Latest:
 class ProjectedFree:
     """ρ(x, y) = A(x)·y − b(x) with the best y, found by conjugate gradients: `Projected` without any matrix.
 
-    `function` takes x and y in one vector, in plain autograd. inner: most iterations of one solve.
+    `whole` and `sketched` take x and y in one vector, as in `Recycled`; with no `formed` no Jacobian is formed.
+    inner: most iterations of one solve then.
     """
 
-    function: Function
+    whole: Function
+    sketched: Function
     x: Tensor
     linear_unknowns: Tensor
     residual: Tensor
+    chunk: int
     inner: int
     latest: Latest
+    formed: Formed | None
 
     @staticmethod
-    def at(function: Function, x: Tensor, inner: int, latest: Latest) -> "ProjectedFree":
+    def at(
+        whole: Function,
+        sketched: Function,
+        x: Tensor,
+        chunk: int,
+        inner: int,
+        latest: Latest,
+        formed: Formed | None,
+    ) -> "ProjectedFree":
         known = len(x)
-        local = Linearised.at(function, torch.cat([x, latest.y]))
+        z = torch.cat([x, latest.y])
+        local = Linearised.at(whole, z)
 
         def times(y: Tensor) -> Tensor:
             return local.times(torch.cat([torch.zeros_like(x), y]))
@@ -345,13 +493,37 @@ class ProjectedFree:
         def back(vector: Tensor) -> Tensor:
             return local.back(vector)[known:]
 
-        change, residual = conjugate_gradients(times, back, local.value, inner, PROJECTION)
-        return ProjectedFree(function, x, latest.y + change, residual, inner, latest)
+        if formed is None:
+            change, residual = conjugate_gradients(times, back, local.value, inner, PROJECTION)
+        else:
+            if formed.gram is None:
+                used = Formed()  # not to be kept: where y is 0, x changes nothing
+                used.form(sketched, z, chunk)
+            else:
+                used = formed
+            inverse = used.inverse(_least(used.gram), known)
+            gradient = back(local.value)
+            if inverse is None or not bool(gradient.isfinite().all()):
+                change, residual = torch.zeros_like(gradient), torch.full_like(local.value, math.nan)
+            else:
+                found = _Damped.of(Linearised(local.value, times, back), gradient, 0.0, inner, PROJECTION, inverse)
+                used.spent += len(found.lengths)
+                change, residual = found.step, local.value + times(found.step)
+        return ProjectedFree(whole, sketched, x, latest.y + change, residual, chunk, inner, latest, formed)
+
+    @property
+    def both(self) -> Tensor:
+        return torch.cat([self.x, self.linear_unknowns])
 
     def linear(self) -> "ProjectedFreeLinear":
-        local = Linearised.at(self.function, torch.cat([self.x, self.linear_unknowns]))
+        local = Linearised.at(self.whole, self.both)
         searched = torch.cat([torch.ones_like(self.x), torch.zeros_like(self.linear_unknowns)])
         return ProjectedFreeLinear(self, local, _scale(local, searched), _scale(local, 1.0 - searched))
+
+
+def _least(gram: Tensor | None) -> float:
+    """So little damping that it only keeps a singular matrix from being one."""
+    return 0.0 if gram is None else 1e-14 * float(gram.diagonal().max())
 
 
 def _scale(local: Linearised, block: Tensor) -> float:
@@ -373,6 +545,25 @@ class ProjectedFreeLinear:
     left: float = math.nan
 
     def solve(self, damping: float) -> Tensor | None:
+        known = len(self.point.x)
+        step = self._free(damping) if self.point.formed is None else self._preconditioned(damping, self.point.formed)
+        if step is None:
+            return None
+        self.left = _squared(self.local.value + self.local.times(step))
+        self.point.latest.y = self.point.linear_unknowns + step[known:]
+        return step[:known]
+
+    def _preconditioned(self, damping: float, formed: Formed) -> Tensor | None:
+        point = self.point
+        few = torch.full_like(point.linear_unknowns, _least(formed.gram))
+        dampings = torch.cat([torch.full_like(point.x, damping), few])
+
+        def form() -> None:
+            formed.form(point.sketched, point.both, point.chunk)
+
+        return formed.solve(self.local, self.local.back(self.local.value), dampings, form)
+
+    def _free(self, damping: float) -> Tensor:
         known, rows = len(self.point.x), len(self.local.value)
         sizes = torch.cat(
             [
@@ -393,11 +584,7 @@ class ProjectedFreeLinear:
 
         right = torch.cat([self.local.value, torch.zeros_like(self.point.x)])
         precision = max(1e-8, min(PROJECTION, 0.1 * float(self.local.value.norm())))
-        step, left = conjugate_gradients(times, back, right, self.point.inner, precision)
-        step = sizes * step
-        self.left = _squared(left[:rows])
-        self.point.latest.y = self.point.linear_unknowns + step[known:]
-        return step[:known]
+        return sizes * conjugate_gradients(times, back, right, self.point.inner, precision)[0]
 
     def predicted(self, step: Tensor) -> float:
         return self.left

@@ -7,7 +7,8 @@ carries a leading restart axis R; restarts run together through `torch.func.vmap
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -150,6 +151,23 @@ class Problem:
             else:
                 found[name] = value.clamp(variable.low, variable.high)
         return found
+
+    def to(self, dtype: torch.dtype) -> "Problem":
+        """The same in another precision, with a model of its own."""
+
+        def cast(state: State) -> dict[str, Tensor]:
+            return {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+
+        if dtype == self.dtype:
+            return self
+        return replace(
+            self,
+            model=deepcopy(self.model).to(dtype),
+            sent=cast(self.sent),
+            observed=cast(self.observed),
+            known=cast(self.known),
+            dtype=dtype,
+        )
 
     @property
     def _device(self) -> torch.device:

@@ -4,8 +4,8 @@ Source: our own combination. Levenberg, Quart. Appl. Math. 2 (1944); Marquardt, 
 projection: Golub and Pereyra, SIAM J. Numer. Anal. 10 (1973), with Kaufman's Jacobian (BIT 15, 1975).
 Differs from it: the unknowns are private images and the equations the client's gradient, one for each weight. A
 diffusion client's gradient g = (2/m)·J(x_t)ᵀ·r is linear in the residual r = model(x_t, t) − target, so the unknown noise
-is solved for and only the noisy image x_t is searched. Where there are many more weights than unknowns, a random sketch
-keeps a few equations for each unknown.
+is solved for and only the noisy image x_t is searched. Steps are those of all equations, by conjugate gradients; a Jacobian of a
+random sketch, a few equations for each unknown, is formed now and then and preconditions them.
 """
 
 import math
@@ -22,12 +22,14 @@ from torch.func import grad, vjp
 from attacks.labels import infer_labels
 from attacks.least_squares import (
     Dense,
+    Formed,
     Latest,
     MatrixFree,
     MatrixFreeLinear,
     Point,
     Projected,
     ProjectedFree,
+    Recycled,
     Solution,
     levenberg_marquardt,
     numerical_rank,
@@ -48,17 +50,17 @@ WEIGHTS = {"entries": 0.0, "balanced": 0.5, "layers": 1.0}
 """How much a layer counts: its equations are divided by ‖g_layer‖ to this power."""
 
 EQUATIONS = 4096
-"""A sketch keeps at least so many: searches of small problems get stuck less often with more, and they are cheap."""
+"""A sketch keeps at least so many: they are cheap."""
 
 ENTRIES = 1 << 24
 """How many numbers one chunk of Jacobian columns may hold."""
 
 JACOBIAN = 1 << 27
-"""How many numbers a whole Jacobian may hold (1 GB in float64) where every equation dropped costs: under noise, and where
-gradients jump."""
+"""How many numbers a whole Jacobian may hold (1 GB in float64) where every equation dropped costs: with unknown noise
+projected out of a noisy update."""
 
 PROJECTED = 512
-"""Pixels beyond which the search with projected noise is matrix-free."""
+"""Pixels beyond which unknown noise is projected out by conjugate gradients."""
 
 SMOOTHING = (0.5, 0.2, 0.08, 0.03, 0.01)
 """Widths of a continuation to sharp activations, in standard deviations of what an activation is given at the start."""
@@ -98,10 +100,9 @@ class SecondOrder:
     start: "grey", "normal" or "uniform", see Problem.start; or an attack such as "r-conv", whose result is the first start
     (of models with ReLUs the second too, slightly smoothed; the others are grey). box: images are clamped to [0, 1] at the
     "end" or after each "step". damping: of the first step, in units of the largest diagonal entry of JᵀJ. sketch: equations
-    kept for each unknown, 0 for all, never fewer than 4,096; all that memory allows for models with ReLUs, four times as many
-    where noise is unknown (with fewer, most of those searches get stuck). dense_limit: unknowns beyond which no Jacobian is
-    formed and each step takes up to `inner_steps` iterations of conjugate gradients (with unknown noise at most 512
-    pixels: there this is faster, and keeps every equation).
+    kept for each unknown in the Jacobians that precondition the steps, 0 for all, never fewer than 4,096 (where noise is unknown
+    in at most 512 pixels, the search itself keeps four times as many: with fewer, most get stuck). dense_limit: unknown pixels
+    beyond which no Jacobian is formed and each step takes up to `inner_steps` plain conjugate gradients.
     smoothing_iterations: trial steps, before those on the model itself, at each of five widths of smoothed copies of a model
     whose modules include ReLUs, the gradients of which jump (always with weights "layers": deep ones need it); 0: none.
     switching_iterations: of such a model, where that did not end exactly: trial steps of each of up to 20 rounds in which the
@@ -119,7 +120,7 @@ class SecondOrder:
     needs: ClassVar[frozenset[str]] = frozenset({"image_shape", "batch_size"})
     tasks: ClassVar[frozenset[str]] = frozenset({"classification", "diffusion"})
 
-    iterations: int = 60
+    iterations: int = 100
     restarts: int = 8
     start: str = "grey"
     tolerance: float = 1e-22
@@ -148,6 +149,10 @@ class SecondOrder:
                 raise FedattackError(must(name, "zero or positive", value))
         if not 0 < self.gates <= 1:
             raise FedattackError(must("gates", "a share above 0, at most 1", self.gates))
+
+    def kept(self, unknowns: int) -> int:
+        """How many equations a sketch keeps; 0: all."""
+        return max(EQUATIONS, math.ceil(self.sketch * unknowns)) if self.sketch > 0 else 0
 
     def reconstruct(
         self,
@@ -267,6 +272,11 @@ class Equations:
         """Without any sketch."""
         return replace(self, buckets=None, signs=None, count=len(self.wanted))
 
+    def to(self, dtype: torch.dtype) -> "Equations":
+        signs = None if self.signs is None else self.signs.to(dtype)
+        weights = {name: weight.to(dtype) for name, weight in self.weights.items()}
+        return replace(self, weights=weights, wanted=self.wanted.to(dtype), signs=signs)
+
     def pressed(self, vector: Tensor) -> Tensor:
         if self.buckets is None or self.signs is None:
             return vector
@@ -303,6 +313,9 @@ class _View:
         equations = Equations.of(problem, update, WEIGHTS["entries" if sigma > 0 else attack.weights])
         verdict = equations if sigma > 0 else Equations.of(problem, update)
         return _View(problem, equations, verdict, sigma * float(next(iter(equations.weights.values()))))
+
+    def to(self, dtype: torch.dtype) -> "_View":
+        return replace(self, problem=self.problem.to(dtype), equations=self.equations.to(dtype))
 
     def cost(self, guess: dict[str, Tensor]) -> float:
         with torch.no_grad():
@@ -345,11 +358,13 @@ class _Case:
         """Factor of the prior's residuals, −2·log p, beside equations that are not divided by their noise."""
         return self.noise * math.sqrt(2.0 * self.attack.prior_weight)
 
-    def sketched(self, share: float, unknowns: int) -> "_Case":
-        """With fewer equations: `share` for each unknown, or under noise as many as one Jacobian may hold."""
-        kept = max(EQUATIONS, math.ceil(share * unknowns)) if share > 0 else 0
-        if self.noise > 0:
-            kept = max(EQUATIONS, JACOBIAN // unknowns // len(self.views))
+    def sketched(self, unknowns: int) -> "_Case":
+        """With fewer equations: four times as many as a sketch keeps, or under noise as many as one Jacobian may hold."""
+        kept = (
+            max(EQUATIONS, JACOBIAN // unknowns // len(self.views))
+            if self.noise > 0
+            else self.attack.kept(4 * unknowns)
+        )
         views = [replace(view, equations=view.equations.sketched(kept, self.generator)) for view in self.views]
         return replace(self, views=views)
 
@@ -384,25 +399,34 @@ def _search_images(case: _Case) -> Reconstruction:
     switching = sharp and lone and attack.switching_iterations > 0
     if case.first is not None and widths:
         starts[1:2] = starts[0]  # first as it is, for strong smoothing leads away from it, then slightly smoothed
-    rough = replace(case, views=[replace(view, equations=view.verdict) for view in case.views])
-    if dense and not (widths and case.count * unknowns <= JACOBIAN):
-        case = case.sketched(attack.sketch, unknowns)
-        rough = rough.sketched(attack.sketch, unknowns) if widths else rough
+    layered = [replace(view, equations=view.verdict) for view in case.views]
 
-    def function(views: Sequence[_View], x: Tensor) -> Tensor:
+    def function(views: Sequence[_View], x: Tensor, transformable: bool = False) -> Tensor:
         images = x.reshape(variable.shape)
-        rows = [
-            case.share(view) * view.equations.residual(view.problem.simulated({"images": images}, transformable=dense))
-            for view in views
-        ]
+        rows = []
+        for view in views:
+            simulated = view.problem.simulated({"images": images}, transformable=transformable)
+            rows.append(case.share(view) * view.equations.residual(simulated))
         if case.prior > 0:
             rows.append(case.prior * variation_rows(images, case.difference))
         return torch.cat(rows)
 
-    def at(views: Sequence[_View], x: Tensor) -> Point:
-        if dense:
-            return Dense.at(partial(function, views), x, _chunk(case.count))
-        return MatrixFree.at(partial(function, views), x, attack.inner_steps)
+    def search(brief: SecondOrder, views: Sequence[_View], start: Tensor, told: Told, formed: Formed) -> Solution:
+        few = [
+            replace(view, equations=view.equations.sketched(attack.kept(unknowns), case.generator)) for view in views
+        ]
+        rough = [view.to(torch.float32) for view in few]
+
+        def sketched(x: Tensor) -> Tensor:
+            return function(rough if x.dtype == torch.float32 else few, x, transformable=True)
+
+        def at(x: Tensor) -> Point:
+            whole = partial(function, views)
+            if dense:
+                return Recycled.at(whole, sketched, x, _chunk(case.count), formed)
+            return MatrixFree.at(whole, x, attack.inner_steps)
+
+        return _searched(brief, at, start, told, box)
 
     def finish(solution: Solution) -> dict[str, Tensor]:
         return {"images": solution.x.reshape(variable.shape)}
@@ -412,14 +436,15 @@ def _search_images(case: _Case) -> Reconstruction:
     def solve(number: int, start: Tensor, told: Told) -> Solution:
         first: tuple[float, ...] = ()
         trials: list[float] = []
+        formed = Formed()
         spread = spreads(problem.model, problem.sent, start.reshape(variable.shape)) if widths else {}
         for width in widths if case.first is None or number > 1 else (widths[SLIGHT:] if number else ()):
             brief = replace(attack, iterations=attack.smoothing_iterations, tolerance=SMOOTHED)
-            views = [_smoothed(view, {name: width * size for name, size in spread.items()}) for view in rough.views]
-            found = _searched(brief, partial(at, views), start, _later(told, len(trials)), box)
+            views = [_smoothed(view, {name: width * size for name, size in spread.items()}) for view in layered]
+            found = search(brief, views, start, _later(told, len(trials)), formed)
             start = found.x if math.isfinite(found.costs[-1]) else start
             first, trials = first or found.costs[:1], [*trials, *found.costs[1:]]
-        found = best = _searched(attack, partial(at, case.views), start, _later(told, len(trials)), box)
+        found = best = search(attack, case.views, start, _later(told, len(trials)), formed)
         first, trials = first or found.costs[:1], [*trials, *found.costs[1:]]
         x, lowest, fruitless, share = found.x, math.inf, 0, attack.gates
         for _ in range(ROUNDS if switching else 0):
@@ -434,7 +459,7 @@ def _search_images(case: _Case) -> Reconstruction:
                 fruitless, share = fruitless + 1, 0.5 * share
             x, trials = gated.x[:unknowns], [*trials, *gated.costs[1:]]
             brief = replace(attack, iterations=attack.switching_iterations)
-            found = _searched(brief, partial(at, case.views), x, _later(told, len(trials)), box)
+            found = search(brief, case.views, x, _later(told, len(trials)), formed)
             trials += found.costs[1:]
             best = min(best, found, key=lambda end: case.cost(finish(end)))
         return replace(best, costs=(*first, *trials))
@@ -508,65 +533,76 @@ def _search_noisy(case: _Case) -> Reconstruction:
     starts = case.starts()
     noisy = signal * (2.0 * starts["images"] - 1.0) + spread * starts["noise"]
     dense = pixels <= min(attack.dense_limit, PROJECTED)
-    if dense:
-        case = case.sketched(4 * attack.sketch, 2 * pixels)
-    equations = case.views[0].equations
-    trained = {name: problem.sent[name] for name in problem.observed}
+    whole = case.views[0]
+    few = case.sketched(2 * pixels).views[0]
+    rough = replace(whole, equations=whole.equations.sketched(attack.kept(2 * pixels), case.generator)).to(
+        torch.float32
+    )
 
-    def predict(weights: State, x: Tensor) -> Tensor:
+    def predict(problem: Problem, weights: State, x: Tensor) -> Tensor:
         return bind(problem.model, {**problem.sent, **weights})(x.reshape(shape), timesteps)
 
-    def private(x: Tensor, r: Tensor) -> dict[str, Tensor]:
+    def private(problem: Problem, x: Tensor, r: Tensor) -> dict[str, Tensor]:
         """Images and noise behind noisy images and residual; linear in r."""
-        target, seen = predict({}, x) - r.reshape(shape), x.reshape(shape)
+        target, seen = predict(problem, {}, x) - r.reshape(shape), x.reshape(shape)
+        root, rest = signal.to(x), spread.to(x)
         if task.prediction_type == "epsilon":
-            return {"images": 0.5 + 0.5 * (seen - spread * target) / signal, "noise": target}
-        return {"images": 0.5 + 0.5 * (signal * seen - spread * target), "noise": spread * seen + signal * target}
+            return {"images": 0.5 + 0.5 * (seen - rest * target) / root, "noise": target}
+        return {"images": 0.5 + 0.5 * (root * seen - rest * target), "noise": rest * seen + root * target}
 
-    def unlikely(x: Tensor, r: Tensor, slopes: Tensor) -> Tensor:
+    def unlikely(problem: Problem, x: Tensor, r: Tensor, slopes: Tensor) -> Tensor:
         """Residuals of the prior, empty where there is none."""
         if case.noise == 0:
             return x.new_zeros(0)
-        guess = private(x, r)
+        guess = private(problem, x, r)
         parts = [case.noise * guess["noise"].reshape(-1)]
-        return torch.cat([*parts, case.prior * slopes * differences(guess["images"])])
+        return torch.cat([*parts, case.prior * slopes.to(x) * differences(guess["images"])])
 
-    def residual(slopes: Tensor, x: Tensor, r: Tensor) -> Tensor:
+    def residual(view: _View, slopes: Tensor, x: Tensor, r: Tensor, transformable: bool = True) -> Tensor:
+        problem = view.problem
         pulled = (2.0 / pixels) * r.reshape(shape)
-        if dense:
-            simulated = grad(lambda weights: (pulled * predict(weights, x)).sum())(trained)
+        trained = {name: problem.sent[name] for name in problem.observed}
+        if transformable:
+            simulated = grad(lambda weights: (pulled * predict(problem, weights, x)).sum())(trained)
         else:  # plain autograd, whose graphs the matrix-free search keeps
             at = {name: tensor.detach().requires_grad_() for name, tensor in trained.items()}
-            seen = (pulled * predict(at, x)).sum()
+            seen = (pulled * predict(problem, at, x)).sum()
             found = torch.autograd.grad(seen, list(at.values()), create_graph=True, materialize_grads=True)
             simulated = dict(zip(at, found, strict=True))
-        return torch.cat([equations.residual(simulated), unlikely(x, r, slopes)])
+        return torch.cat([view.equations.residual(simulated), unlikely(problem, x, r, slopes)])
 
     def matrix(slopes: Tensor, x: Tensor) -> Tensor:
-        pull: Callable[..., tuple[State]] = vjp(lambda weights: predict(weights, x), trained)[1]
-        without = unlikely(x, torch.zeros_like(x), slopes)
+        trained = {name: problem.sent[name] for name in problem.observed}
+        pull: Callable[..., tuple[State]] = vjp(lambda weights: predict(problem, weights, x), trained)[1]
+        without = unlikely(problem, x, torch.zeros_like(x), slopes)
 
         def row(r: Tensor) -> Tensor:
             pulled = pull((2.0 / pixels) * r.reshape(shape), retain_graph=True)[0]
-            return torch.cat([equations.pressed(equations.left(pulled)), unlikely(x, r, slopes) - without])
+            equations = few.equations.pressed(few.equations.left(pulled))
+            return torch.cat([equations, unlikely(problem, x, r, slopes) - without])
 
         return by_rows(row, pixels, _chunk(case.count), x)
 
     def dense_at(slopes: Tensor) -> Callable[[Tensor], Point]:
-        return lambda x: Projected.at(partial(matrix, slopes), partial(residual, slopes), x, _chunk(case.count))
+        rows, function = partial(matrix, slopes), partial(residual, few, slopes)
+        return lambda x: Projected.at(rows, function, x, _chunk(case.count))
 
     def free_at(slopes: Tensor) -> Callable[[Tensor], Point]:
         latest = Latest(torch.zeros(pixels).to(noisy))
+        formed = Formed() if pixels <= attack.dense_limit else None
 
         def both(z: Tensor) -> Tensor:
-            return residual(slopes, z[:pixels], z[pixels:])
+            return residual(whole, slopes, z[:pixels], z[pixels:], transformable=False)
 
-        return lambda x: ProjectedFree.at(both, x, attack.inner_steps, latest)
+        def sketched(z: Tensor) -> Tensor:
+            return residual(rough, slopes, z[:pixels], z[pixels:])
+
+        return lambda x: ProjectedFree.at(both, sketched, x, _chunk(case.count), attack.inner_steps, latest, formed)
 
     def finish(solution: Solution) -> dict[str, Tensor]:
         assert isinstance(solution.point, Projected | ProjectedFree)
         with torch.no_grad():
-            return private(solution.x, solution.point.linear_unknowns)
+            return private(problem, solution.x, solution.point.linear_unknowns)
 
     def solve(number: int, start: Tensor, told: Told) -> Solution:
         slopes = torch.full_like(differences(start.reshape(shape)), 1.0 / case.difference)

@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attacks.least_squares import Dense, MatrixFree, Projected, conjugate_gradients, levenberg_marquardt
+from attacks import least_squares
+from attacks.least_squares import (
+    LEAST,
+    Dense,
+    Formed,
+    MatrixFree,
+    Projected,
+    Recycled,
+    conjugate_gradients,
+    levenberg_marquardt,
+)
 from attacks.matching import pose
 from attacks.second_order import Equations, SecondOrder
 from fedattack.errors import FedattackError, NotApplicable
@@ -38,14 +48,18 @@ def exponentials(x: Tensor) -> Tensor:
     return torch.exp(-x[0] * t) - torch.exp(-x[1] * t) - (torch.exp(-0.7 * t) - torch.exp(-2.0 * t))
 
 
-@pytest.mark.parametrize("kind", ["dense", "matrix-free"])
+@pytest.mark.parametrize("kind", ["dense", "matrix-free", "recycled"])
 @pytest.mark.parametrize(
     ("function", "start", "answer"),
     [(rosenbrock, (-1.2, 1.0), (1.0, 1.0)), (exponentials, (0.3, 1.0), (0.7, 2.0))],
     ids=["rosenbrock", "exponentials"],
 )
 def test_known_minima(kind, function, start, answer):
-    def at(x: Tensor) -> Dense | MatrixFree:
+    formed = Formed()
+
+    def at(x: Tensor) -> Dense | MatrixFree | Recycled:
+        if kind == "recycled":
+            return Recycled.at(function, lambda x: function(x.double()).to(x), x, 1, formed)
         return Dense.at(function, x, 1) if kind == "dense" else MatrixFree.at(function, x, 50)
 
     told: list[tuple[int, float]] = []
@@ -180,6 +194,68 @@ def test_projection_with_a_right_side_that_moves():
     assert isinstance(solution.point, Projected)
     both = torch.cat([solution.x, solution.point.linear_unknowns])
     torch.testing.assert_close(both, joint.x, rtol=5e-3, atol=5e-3)
+
+
+def _stretched(x: Tensor) -> Tensor:
+    """400 equations in 40 unknowns, zero at x = 0.1: a condition number of 1e3, and bent."""
+    mixing = torch.randn(400, 40, generator=generator("bent"), dtype=torch.float64).to(x)
+    bent = x + 0.5 * x.square() - 0.105
+    return mixing @ (torch.logspace(0, -3, 40, dtype=torch.float64).to(x) * bent)
+
+
+def test_a_jacobian_formed_once_serves_the_points_around():
+    """Steps are those of the whole Jacobian, although it was formed elsewhere, in float32, from sums of the equations."""
+    sums = torch.randn(120, 400, generator=generator("sums"), dtype=torch.float64)
+    x, formed = torch.full((40,), 0.3, dtype=torch.float64), Formed()
+    Recycled.at(_stretched, lambda x: sums.to(x) @ _stretched(x), x + 0.02, 8, formed).form()
+    gram = formed.gram
+    linear = Recycled.at(_stretched, lambda x: sums.to(x) @ _stretched(x), x, 8, formed).linear()
+    exact = Dense.at(_stretched, x, 8).linear()
+    assert formed.gram is gram
+    for damping in (1e-2, 1e-4):
+        step, best = linear.solve(damping), exact.solve(damping)
+        assert step is not None
+        assert best is not None
+        off = linear.predicted(step) + damping * float(step.square().sum())
+        least = exact.predicted(best) + damping * float(best.square().sum())
+        start = float(linear.local.value.square().sum())
+        assert off - least < 1e-3 * (start - least)
+        torch.testing.assert_close(linear.predicted(step), exact.predicted(step))
+    assert formed.gram is gram
+    assert 0 < formed.spent < LEAST
+
+
+@pytest.mark.parametrize("kind", ["dense", "recycled"])
+def test_a_search_may_look_long_for_its_damping(kind):
+    """A dozen steps are refused before the first is taken, from a damping far too small for so bent a valley."""
+
+    def steep(x: Tensor) -> Tensor:
+        return torch.stack([torch.exp(20.0 * x[0]) - 1.0, x[0] - 1e4 * x[1]])
+
+    formed = Formed()
+
+    def at(x: Tensor) -> Dense | Recycled:
+        return Dense.at(steep, x, 1) if kind == "dense" else Recycled.at(steep, steep, x, 1, formed)
+
+    solution = levenberg_marquardt(at, double(-0.3, 1e-4), iterations=60, tolerance=1e-20, damping=1e-30)
+    refused = solution.costs.count(solution.costs[0]) - 1
+    assert least_squares.PATIENCE < refused < 2 * least_squares.PATIENCE
+    assert solution.reason == "tolerance"
+
+
+def test_a_jacobian_is_formed_anew_where_the_last_one_does_not_help(monkeypatch):
+    formations = []
+    form = Recycled.form
+    monkeypatch.setattr(Recycled, "form", lambda point: (formations.append(point.x), form(point))[1])
+    x, formed = torch.full((40,), 0.3, dtype=torch.float64), Formed()
+    formed.gram, formed.spent = torch.eye(40, dtype=torch.float64), LEAST - 2
+    point = Recycled.at(_stretched, _stretched, x, 8, formed)
+    step, best = point.linear().solve(1e-8), Dense.at(_stretched, x, 8).linear().solve(1e-8)
+    assert [float((at - x).norm()) for at in formations] == [0.0]
+    torch.testing.assert_close(step, best, rtol=1e-2, atol=1e-3)
+    assert formed.spent <= 3
+    formed.gram = torch.full((40, 40), math.nan, dtype=torch.float64)
+    assert point.linear().solve(1e-8) is None
 
 
 def test_conjugate_gradients_are_least_squares():
@@ -389,10 +465,26 @@ def test_unknown_noise_is_projected_out(prediction_type, random_images):
     torch.testing.assert_close(found.noise, private["noise"], rtol=0, atol=1e-5)
 
 
-def test_projection_without_a_matrix_finds_the_same(random_images):
-    task, model, images = Diffusion(), denoiser(), random_images((1, 2, 4, 4))
+@pytest.fixture
+def formations(monkeypatch):
+    """Numbers of unknowns of every Jacobian that is formed as a preconditioner, which all numbers of pixels are given."""
+    sizes: list[int] = []
+    form = Formed.form
+    monkeypatch.setattr(
+        Formed, "form", lambda formed, f, x, chunk: (sizes.append(len(x)), form(formed, f, x, chunk))[1]
+    )
+    monkeypatch.setattr("attacks.second_order.PROJECTED", 8)
+    return sizes
+
+
+@pytest.mark.parametrize("dense_limit", [8, 4096])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_projection_without_a_matrix_finds_the_same(dense_limit, prediction_type, formations, random_images):
+    task, model, images = Diffusion(prediction_type=prediction_type), denoiser(), random_images((1, 2, 4, 4))
     private, update, knowledge = diffusion_update(model, task, images, [100])
-    found = attack(SecondOrder(dense_limit=8), update, model, knowledge, task)
+    found = attack(SecondOrder(dense_limit=dense_limit), update, model, knowledge, task)
+    assert set(formations) == (set() if dense_limit == 8 else {64})
+    assert len(formations) < found.steps
     assert found.diagnostics["dense"] == 0.0
     assert found.diagnostics["certified"] == 1.0
     assert float(psnr_db(found.images, images)) > 80
@@ -510,12 +602,15 @@ def test_without_a_prior_the_error_is_the_floor(make_update, random_images):
     assert math.sqrt(sum(squares) / len(squares)) == pytest.approx(floor, rel=0.2)
 
 
-def test_noise_on_a_diffusion_client_is_explained(random_images):
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_noise_on_a_diffusion_client_is_explained(preconditioned, random_images, request):
+    formations = request.getfixturevalue("formations") if preconditioned else []
     task, model, images = Diffusion(), denoiser(), random_images((1, 2, 4, 4))
     _, clean, knowledge = diffusion_update(model, task, images, [50])
     sigma = 0.01 * rms_of(clean)
     told = replace(knowledge, defense=f"gaussian-noise(sigma={sigma!r})")
     found = attack(SecondOrder(spectrum=False), noisy(clean, sigma), model, told, task)
+    assert bool(formations) == preconditioned
     assert found.diagnostics["chi_square"] == pytest.approx(1.0, abs=0.3)
     assert float(psnr_db(found.images, images)) > 20
 
