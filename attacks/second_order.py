@@ -4,8 +4,8 @@ Source: our own combination. Levenberg, Quart. Appl. Math. 2 (1944); Marquardt, 
 projection: Golub and Pereyra, SIAM J. Numer. Anal. 10 (1973), with Kaufman's Jacobian (BIT 15, 1975).
 Differs from it: the unknowns are private images and the equations the client's gradient, one for each weight. A
 diffusion client's gradient g = (2/m)·J(x_t)ᵀ·r is linear in the residual r = model(x_t, t) − target, so the unknown noise
-is solved for and only the noisy image x_t is searched. Steps are those of all equations, by conjugate gradients; a Jacobian of a
-random sketch, a few equations for each unknown, is formed now and then and preconditions them.
+is solved for and only the noisy image x_t is searched. Steps are those of all equations, by conjugate gradients; a Jacobian
+of a random sketch, a few equations for each unknown, is formed now and then and preconditions them.
 """
 
 import math
@@ -100,8 +100,8 @@ class SecondOrder:
     start: "grey", "normal" or "uniform", see Problem.start; or an attack such as "r-conv", whose result is the first start
     (of models with ReLUs the second too, slightly smoothed; the others are grey). box: images are clamped to [0, 1] at the
     "end" or after each "step". damping: of the first step, in units of the largest diagonal entry of JᵀJ. sketch: equations
-    kept for each unknown in the Jacobians that precondition the steps, 0 for all, never fewer than 4,096 (where noise is unknown
-    in at most 512 pixels, the search itself keeps four times as many: with fewer, most get stuck). dense_limit: unknown pixels
+    kept for each unknown in the Jacobians that precondition the steps, 0 for all, never fewer than 4,096 (with unknown noise in
+    at most 512 pixels the search itself keeps four times as many: with fewer, most get stuck). dense_limit: unknown pixels
     beyond which no Jacobian is formed and each step takes up to `inner_steps` plain conjugate gradients.
     smoothing_iterations: trial steps, before those on the model itself, at each of five widths of smoothed copies of a model
     whose modules include ReLUs, the gradients of which jump (always with weights "layers": deep ones need it); 0: none.
@@ -314,6 +314,9 @@ class _View:
         verdict = equations if sigma > 0 else Equations.of(problem, update)
         return _View(problem, equations, verdict, sigma * float(next(iter(equations.weights.values()))))
 
+    def sketched(self, count: int, generator: torch.Generator) -> "_View":
+        return replace(self, equations=self.equations.sketched(count, generator))
+
     def to(self, dtype: torch.dtype) -> "_View":
         return replace(self, problem=self.problem.to(dtype), equations=self.equations.to(dtype))
 
@@ -357,16 +360,6 @@ class _Case:
     def prior(self) -> float:
         """Factor of the prior's residuals, −2·log p, beside equations that are not divided by their noise."""
         return self.noise * math.sqrt(2.0 * self.attack.prior_weight)
-
-    def sketched(self, unknowns: int) -> "_Case":
-        """With fewer equations: four times as many as a sketch keeps, or under noise as many as one Jacobian may hold."""
-        kept = (
-            max(EQUATIONS, JACOBIAN // unknowns // len(self.views))
-            if self.noise > 0
-            else self.attack.kept(4 * unknowns)
-        )
-        views = [replace(view, equations=view.equations.sketched(kept, self.generator)) for view in self.views]
-        return replace(self, views=views)
 
     def cost(self, guess: dict[str, Tensor]) -> float:
         """Mean over the views of the verdict."""
@@ -412,9 +405,7 @@ def _search_images(case: _Case) -> Reconstruction:
         return torch.cat(rows)
 
     def search(brief: SecondOrder, views: Sequence[_View], start: Tensor, told: Told, formed: Formed) -> Solution:
-        few = [
-            replace(view, equations=view.equations.sketched(attack.kept(unknowns), case.generator)) for view in views
-        ]
+        few = [view.sketched(attack.kept(unknowns), case.generator) for view in views]
         rough = [view.to(torch.float32) for view in few]
 
         def sketched(x: Tensor) -> Tensor:
@@ -534,10 +525,9 @@ def _search_noisy(case: _Case) -> Reconstruction:
     noisy = signal * (2.0 * starts["images"] - 1.0) + spread * starts["noise"]
     dense = pixels <= min(attack.dense_limit, PROJECTED)
     whole = case.views[0]
-    few = case.sketched(2 * pixels).views[0]
-    rough = replace(whole, equations=whole.equations.sketched(attack.kept(2 * pixels), case.generator)).to(
-        torch.float32
-    )
+    kept = max(EQUATIONS, JACOBIAN // (2 * pixels)) if case.noise > 0 else attack.kept(8 * pixels)
+    few = whole.sketched(kept, case.generator)
+    rough = whole.sketched(attack.kept(2 * pixels), case.generator).to(torch.float32)
 
     def predict(problem: Problem, weights: State, x: Tensor) -> Tensor:
         return bind(problem.model, {**problem.sent, **weights})(x.reshape(shape), timesteps)
