@@ -11,7 +11,7 @@ gradients on products with J and Jᵀ), `Recycled` (the same, preconditioned by 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -53,9 +53,21 @@ class Linear(Protocol):
         """‖ρ + J·d‖²."""
         ...
 
-    def spectrum(self) -> Tensor | None:
-        """Singular values of J, descending, or None where there are too many."""
+    def spectrum(self) -> "Spectrum | None":
+        """Singular values of J, or None where there are too many."""
         ...
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values, descending, of a matrix with so many rows or columns, whichever are more."""
+
+    values: Tensor
+    size: int
+
+    @property
+    def rank(self) -> int:
+        return numerical_rank(self.values, self.size)
 
 
 class Point(Protocol):
@@ -174,15 +186,14 @@ class DenseLinear:
     def predicted(self, step: Tensor) -> float:
         return _squared(self.residual + step @ self.transposed)
 
-    def spectrum(self, most: int = 1024) -> Tensor | None:
+    def spectrum(self, most: int = 1024) -> Spectrum | None:
         """By SVD; beyond `most` unknowns from JᵀJ, where values below 1e-8 of the largest are lost in rounding."""
         if not bool(self.transposed.isfinite().all()):
             return None
+        size = max(self.transposed.shape)
         if len(self.transposed) <= most:
-            singular: Tensor = torch.linalg.svdvals(self.transposed)
-            return singular
-        values: Tensor = torch.linalg.eigvalsh(self.gram)
-        return values.clamp_min(0.0).sqrt().flip(0)
+            return Spectrum(torch.linalg.svdvals(self.transposed), size)
+        return Spectrum(torch.linalg.eigvalsh(self.gram).clamp_min(0.0).sqrt().flip(0), size)
 
 
 @dataclass(frozen=True)
@@ -222,13 +233,15 @@ class _Damped:
         gradient: Tensor,
         damping: float | Tensor,
         most: int,
-        precision: float,
+        enough: float,
         inverse: Callable[[Tensor], Tensor] = lambda vector: vector,
         step: Tensor | None = None,
     ) -> "_Damped":
-        """CGLS (Hestenes and Stiefel 1952), from `step` or 0. inverse: about (JᵀJ + damping)⁻¹, in whose norm the gradient
-        falls to `precision` of what it is at 0; gradient: Jᵀ·ρ."""
-        enough = precision**2 * float(gradient @ inverse(gradient))
+        """CGLS (Hestenes and Stiefel 1952), from `step` or 0, until s·inverse(s) ≤ enough for the slope s that is left.
+
+        inverse: about (JᵀJ + damping)⁻¹; s·inverse(s) then is about what ‖ρ + J·d‖² + Σ damping·d² can still fall by.
+        gradient: Jᵀ·ρ.
+        """
         if step is None:
             step, left, slope = torch.zeros_like(gradient), -local.value, -gradient
         else:
@@ -272,14 +285,15 @@ class MatrixFreeLinear:
         return _squared(self.local.times(self.gradient / norm)) if norm > 0 else 0.0
 
     def solve(self, damping: float) -> Tensor | None:
-        found = _Damped.of(self.local, self.gradient, damping, self.inner, self.precision)
+        enough = self.precision**2 * _squared(self.gradient)
+        found = _Damped.of(self.local, self.gradient, damping, self.inner, enough)
         self.extremes = _ritz(found.lengths, found.ratios, damping)
         return found.step
 
     def predicted(self, step: Tensor) -> float:
         return _squared(self.local.value + self.local.times(step))
 
-    def spectrum(self) -> Tensor | None:
+    def spectrum(self) -> Spectrum | None:
         return None
 
 
@@ -324,15 +338,26 @@ class MatrixFree:
 # ---------------------------------------------------------------------------------------------------- recycled
 @dataclass
 class Formed:
-    """JᵀJ where a search formed it last, which preconditions the points that follow. spent: iterations since then."""
+    """JᵀJ where a search formed it last, which preconditions the points that follow.
+
+    place: the unknowns there. spent: iterations since then. gram is None before the first, and where J is not finite or zero.
+    """
 
     gram: Tensor | None = None
+    place: Tensor | None = None
     spent: int = 0
 
     def form(self, function: Function, x: Tensor, chunk: int) -> None:
-        """In float32: exactly enough for a preconditioner, and two to four times as fast."""
-        rows = jacobian_transposed(function, x.float(), chunk).to(x)
-        self.gram, self.spent = rows @ rows.T, 0
+        """In float32: exactly enough for a preconditioner, and two to four times as fast; where that is not enough, as x is."""
+        self.gram, self.place, self.spent = None, x, 0
+        cudnn = torch.backends.cudnn
+        for at in (x.float(), x):
+            with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
+                rows = jacobian_transposed(function, at, chunk).to(x)
+            gram = rows @ rows.T
+            if bool(gram.isfinite().all()) and bool(gram.any()):
+                self.gram = gram
+                break
 
     def inverse(self, damping: float | Tensor, first: int = 0) -> Callable[[Tensor], Tensor] | None:
         """(JᵀJ + damping)⁻¹ for the unknowns from `first` on, or None where that is not to be had."""
@@ -343,20 +368,32 @@ class Formed:
         factor, failed = torch.linalg.cholesky_ex(damped)
         return None if int(failed) else partial(_cholesky_solve, factor)
 
+    @property
+    def least(self) -> float:
+        """So little damping that it only keeps a singular matrix from being one."""
+        return 0.0 if self.gram is None else 10 * torch.finfo(self.gram.dtype).eps * float(self.gram.diagonal().max())
+
     def solve(
-        self, local: Linearised, gradient: Tensor, damping: float | Tensor, form: Callable[[], None]
+        self,
+        local: Linearised,
+        gradient: Tensor,
+        damping: float | Tensor,
+        here: Tensor,
+        form: Callable[[], None],
     ) -> Tensor | None:
-        """argmin ‖ρ + J·d‖² + Σ damping·d²; form(): forms J anew, which is done where the last one was used long enough."""
+        """argmin ‖ρ + J·d‖² + Σ damping·d²; form() forms J `here`, which is done where the last one was used long enough."""
         rent = max(LEAST, len(gradient) // RENT)
         precision = max(TIGHT, min(LOOSE, float(local.value.norm())))
         step = None
         for _ in range(2):
-            if self.gram is None or self.spent >= rent:
+            if self.place is not here and (self.gram is None or self.spent >= rent):
                 form()
             inverse = self.inverse(damping)
             if inverse is None:
                 return None
-            found = _Damped.of(local, gradient, damping, rent - self.spent, precision, inverse, step)
+            most = rent if self.place is here else rent - self.spent
+            enough = precision**2 * float(gradient @ inverse(gradient))
+            found = _Damped.of(local, gradient, damping, most, enough, inverse, step)
             self.spent += len(found.lengths)
             step = found.step
             if found.finished:
@@ -390,9 +427,9 @@ class Recycled:
     def linear(self) -> "RecycledLinear":
         if self.formed.gram is None:
             self.form()
-        assert self.formed.gram is not None
+        scale = 0.0 if self.formed.gram is None else float(self.formed.gram.diagonal().max())
         local = Linearised.at(self.whole, self.x)
-        return RecycledLinear(self, local, local.back(local.value), float(self.formed.gram.diagonal().max()))
+        return RecycledLinear(self, local, local.back(local.value), scale)
 
 
 @dataclass(frozen=True)
@@ -405,12 +442,12 @@ class RecycledLinear:
     scale: float
 
     def solve(self, damping: float) -> Tensor | None:
-        return self.point.formed.solve(self.local, self.gradient, damping, self.point.form)
+        return self.point.formed.solve(self.local, self.gradient, damping, self.point.x, self.point.form)
 
     def predicted(self, step: Tensor) -> float:
         return _squared(self.local.value + self.local.times(step))
 
-    def spectrum(self) -> Tensor | None:
+    def spectrum(self) -> Spectrum | None:
         rows = jacobian_transposed(self.point.sketched, self.point.x, self.point.chunk)
         return DenseLinear.of(self.local.value.new_zeros(rows.shape[1]), rows).spectrum()
 
@@ -460,7 +497,7 @@ class ProjectedFree:
     """ρ(x, y) = A(x)·y − b(x) with the best y, found by conjugate gradients: `Projected` without any matrix.
 
     `whole` and `sketched` take x and y in one vector, as in `Recycled`; with no `formed` no Jacobian is formed.
-    inner: most iterations of one solve then.
+    inner: most iterations of one solve for y, and of one step where no Jacobian is formed.
     """
 
     whole: Function
@@ -493,25 +530,22 @@ class ProjectedFree:
         def back(vector: Tensor) -> Tensor:
             return local.back(vector)[known:]
 
-        if formed is None:
+        used = formed
+        if formed is not None and formed.gram is None:
+            used = Formed()  # not to be kept: where y is 0, x changes nothing
+            used.form(sketched, z, chunk)
+        inverse = None if used is None else used.inverse(used.least, known)
+        if used is None or inverse is None:
             change, residual = conjugate_gradients(times, back, local.value, inner, PROJECTION)
         else:
-            if formed.gram is None:
-                used = Formed()  # not to be kept: where y is 0, x changes nothing
-                used.form(sketched, z, chunk)
-            else:
-                used = formed
-            inverse = used.inverse(_least(used.gram), known)
-            gradient = back(local.value)
-            if inverse is None or not bool(gradient.isfinite().all()):
-                change, residual = torch.zeros_like(gradient), torch.full_like(local.value, math.nan)
-            else:
-                found = _Damped.of(Linearised(local.value, times, back), gradient, 0.0, inner, PROJECTION, inverse)
-                used.spent += len(found.lengths)
-                change, residual = found.step, local.value + times(found.step)
+            inside = Linearised(local.value, times, back)
+            enough = PROJECTION**2 * _squared(local.value)
+            found = _Damped.of(inside, back(local.value), 0.0, inner, enough, inverse)
+            used.spent += len(found.lengths)
+            change, residual = found.step, local.value + times(found.step)
         return ProjectedFree(whole, sketched, x, latest.y + change, residual, chunk, inner, latest, formed)
 
-    @property
+    @cached_property
     def both(self) -> Tensor:
         return torch.cat([self.x, self.linear_unknowns])
 
@@ -519,11 +553,6 @@ class ProjectedFree:
         local = Linearised.at(self.whole, self.both)
         searched = torch.cat([torch.ones_like(self.x), torch.zeros_like(self.linear_unknowns)])
         return ProjectedFreeLinear(self, local, _scale(local, searched), _scale(local, 1.0 - searched))
-
-
-def _least(gram: Tensor | None) -> float:
-    """So little damping that it only keeps a singular matrix from being one."""
-    return 0.0 if gram is None else 1e-14 * float(gram.diagonal().max())
 
 
 def _scale(local: Linearised, block: Tensor) -> float:
@@ -555,13 +584,14 @@ class ProjectedFreeLinear:
 
     def _preconditioned(self, damping: float, formed: Formed) -> Tensor | None:
         point = self.point
-        few = torch.full_like(point.linear_unknowns, _least(formed.gram))
-        dampings = torch.cat([torch.full_like(point.x, damping), few])
 
         def form() -> None:
             formed.form(point.sketched, point.both, point.chunk)
 
-        return formed.solve(self.local, self.local.back(self.local.value), dampings, form)
+        if formed.gram is None:
+            form()
+        dampings = torch.cat([torch.full_like(point.x, damping), torch.full_like(point.linear_unknowns, formed.least)])
+        return formed.solve(self.local, self.local.back(self.local.value), dampings, point.both, form)
 
     def _free(self, damping: float) -> Tensor:
         known, rows = len(self.point.x), len(self.local.value)
@@ -589,7 +619,7 @@ class ProjectedFreeLinear:
     def predicted(self, step: Tensor) -> float:
         return self.left
 
-    def spectrum(self) -> Tensor | None:
+    def spectrum(self) -> Spectrum | None:
         return None
 
 

@@ -32,7 +32,6 @@ from attacks.least_squares import (
     Recycled,
     Solution,
     levenberg_marquardt,
-    numerical_rank,
 )
 from attacks.matching import Problem, check_options, pose
 from attacks.noise import differences, mean_difference, noise_level, variation_rows, variation_slopes
@@ -404,9 +403,9 @@ def _search_images(case: _Case) -> Reconstruction:
             rows.append(case.prior * variation_rows(images, case.difference))
         return torch.cat(rows)
 
-    def search(brief: SecondOrder, views: Sequence[_View], start: Tensor, told: Told, formed: Formed) -> Solution:
-        few = [view.sketched(attack.kept(unknowns), case.generator) for view in views]
-        rough = [view.to(torch.float32) for view in few]
+    def search(brief: SecondOrder, views: Sequence[_View], start: Tensor, told: Told) -> Solution:
+        few = [view.sketched(attack.kept(unknowns), case.generator) for view in views] if dense else []
+        rough, formed = [view.to(torch.float32) for view in few], Formed()
 
         def sketched(x: Tensor) -> Tensor:
             return function(rough if x.dtype == torch.float32 else few, x, transformable=True)
@@ -427,15 +426,14 @@ def _search_images(case: _Case) -> Reconstruction:
     def solve(number: int, start: Tensor, told: Told) -> Solution:
         first: tuple[float, ...] = ()
         trials: list[float] = []
-        formed = Formed()
         spread = spreads(problem.model, problem.sent, start.reshape(variable.shape)) if widths else {}
         for width in widths if case.first is None or number > 1 else (widths[SLIGHT:] if number else ()):
             brief = replace(attack, iterations=attack.smoothing_iterations, tolerance=SMOOTHED)
             views = [_smoothed(view, {name: width * size for name, size in spread.items()}) for view in layered]
-            found = search(brief, views, start, _later(told, len(trials)), formed)
+            found = search(brief, views, start, _later(told, len(trials)))
             start = found.x if math.isfinite(found.costs[-1]) else start
             first, trials = first or found.costs[:1], [*trials, *found.costs[1:]]
-        found = best = search(attack, case.views, start, _later(told, len(trials)), formed)
+        found = best = search(attack, case.views, start, _later(told, len(trials)))
         first, trials = first or found.costs[:1], [*trials, *found.costs[1:]]
         x, lowest, fruitless, share = found.x, math.inf, 0, attack.gates
         for _ in range(ROUNDS if switching else 0):
@@ -450,7 +448,7 @@ def _search_images(case: _Case) -> Reconstruction:
                 fruitless, share = fruitless + 1, 0.5 * share
             x, trials = gated.x[:unknowns], [*trials, *gated.costs[1:]]
             brief = replace(attack, iterations=attack.switching_iterations)
-            found = search(brief, case.views, x, _later(told, len(trials)), formed)
+            found = search(brief, case.views, x, _later(told, len(trials)))
             trials += found.costs[1:]
             best = min(best, found, key=lambda end: case.cost(finish(end)))
         return replace(best, costs=(*first, *trials))
@@ -525,9 +523,10 @@ def _search_noisy(case: _Case) -> Reconstruction:
     noisy = signal * (2.0 * starts["images"] - 1.0) + spread * starts["noise"]
     dense = pixels <= min(attack.dense_limit, PROJECTED)
     whole = case.views[0]
-    kept = max(EQUATIONS, JACOBIAN // (2 * pixels)) if case.noise > 0 else attack.kept(8 * pixels)
+    kept = attack.kept(2 * pixels)
+    if dense:  # the search itself is sketched: see `sketch`
+        kept = max(EQUATIONS, JACOBIAN // (2 * pixels)) if case.noise > 0 else attack.kept(8 * pixels)
     few = whole.sketched(kept, case.generator)
-    rough = whole.sketched(attack.kept(2 * pixels), case.generator).to(torch.float32)
 
     def predict(problem: Problem, weights: State, x: Tensor) -> Tensor:
         return bind(problem.model, {**problem.sent, **weights})(x.reshape(shape), timesteps)
@@ -579,13 +578,13 @@ def _search_noisy(case: _Case) -> Reconstruction:
 
     def free_at(slopes: Tensor) -> Callable[[Tensor], Point]:
         latest = Latest(torch.zeros(pixels).to(noisy))
-        formed = Formed() if pixels <= attack.dense_limit else None
+        formed, rough = Formed() if pixels <= attack.dense_limit else None, few.to(torch.float32)
 
         def both(z: Tensor) -> Tensor:
             return residual(whole, slopes, z[:pixels], z[pixels:], transformable=False)
 
         def sketched(z: Tensor) -> Tensor:
-            return residual(rough, slopes, z[:pixels], z[pixels:])
+            return residual(rough if z.dtype == torch.float32 else few, slopes, z[:pixels], z[pixels:])
 
         return lambda x: ProjectedFree.at(both, sketched, x, _chunk(case.count), attack.inner_steps, latest, formed)
 
@@ -671,9 +670,9 @@ def _multistart(
     if case.noise > 0:
         diagnostics["chi_square"] = cost * len(case.views) / (case.noise**2 * case.count)
     determined = unknowns <= case.count
-    values = solution.linear.spectrum() if attack.spectrum else None
-    if values is not None and len(values) > 0 and float(values[0]) > 0:
-        rank = numerical_rank(values, equations)
+    spectrum = solution.linear.spectrum() if attack.spectrum else None
+    if spectrum is not None and len(spectrum.values) > 0 and float(spectrum.values[0]) > 0:
+        values, rank = spectrum.values, spectrum.rank
         searched = len(solution.x)
         determined = determined and rank == searched
         diagnostics["condition"] = float(values[0] / values[min(len(values), searched) - 1].clamp_min(1e-300))

@@ -12,8 +12,10 @@ from attacks.least_squares import (
     LEAST,
     Dense,
     Formed,
+    Latest,
     MatrixFree,
     Projected,
+    ProjectedFree,
     Recycled,
     conjugate_gradients,
     levenberg_marquardt,
@@ -254,8 +256,48 @@ def test_a_jacobian_is_formed_anew_where_the_last_one_does_not_help(monkeypatch)
     assert [float((at - x).norm()) for at in formations] == [0.0]
     torch.testing.assert_close(step, best, rtol=1e-2, atol=1e-3)
     assert formed.spent <= 3
-    formed.gram = torch.full((40, 40), math.nan, dtype=torch.float64)
-    assert point.linear().solve(1e-8) is None
+    for _ in range(3):  # nor again where it was formed, whatever the damping
+        formed.spent = 10 * LEAST
+        assert point.linear().solve(1e-9) is not None
+    assert len(formations) == 1
+
+
+@pytest.mark.parametrize("scale", [1e-60, 1e60])
+def test_a_jacobian_that_float32_cannot_hold_is_formed_in_float64(scale):
+    def function(x: Tensor) -> Tensor:
+        return scale * rosenbrock(x)
+
+    formed = Formed()
+    solution = levenberg_marquardt(
+        lambda x: Recycled.at(function, function, x, 1, formed),
+        double(-1.2, 1.0),
+        iterations=80,
+        tolerance=1e-24 * scale**2,
+    )
+    torch.testing.assert_close(solution.x, double(1.0, 1.0))
+
+
+def test_where_no_jacobian_is_finite_there_is_none():
+    broken = Formed()
+    broken.form(lambda x: x / 0.0 * 0.0, double(1.0, 2.0), 1)
+    assert broken.gram is None
+    assert broken.inverse(1.0) is None
+
+
+def test_a_singular_system_of_linear_unknowns_is_solved_all_the_same():
+    """Two amplitudes of the same exponential: their sum is determined, they are not."""
+    t = torch.linspace(0.0, 2.0, 12, dtype=torch.float64)
+
+    def both(z: Tensor) -> Tensor:
+        wanted = 3.0 * torch.exp(-0.8 * t).to(z)
+        return (z[1] + z[2]) * torch.exp(-z[0] * t.to(z)) - wanted
+
+    formed, latest = Formed(), Latest(torch.zeros(2, dtype=torch.float64))
+    solution = levenberg_marquardt(
+        lambda x: ProjectedFree.at(both, both, x, 1, 50, latest, formed), double(2.0), iterations=40, tolerance=1e-20
+    )
+    assert solution.reason == "tolerance"
+    assert float(solution.x) == pytest.approx(0.8, abs=1e-6)
 
 
 def test_conjugate_gradients_are_least_squares():
@@ -370,6 +412,21 @@ def test_matrix_free_agrees_with_dense(make_update, random_images):
     assert 1.0 < free.diagnostics["condition_at_least"] <= 1.01 * dense.diagnostics["condition"]
     torch.testing.assert_close(free.images, dense.images, rtol=0, atol=1e-6)
     assert float(psnr_db(free.images, images)) > 100
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_rank_is_that_of_the_matrix_it_is_read_off(precision, make_update, random_images):
+    """However many equations there are: here a hundred times as many as the sketch keeps rows for an unknown."""
+    images, labels = random_images((1, 1, 4, 4)), torch.tensor([1])
+    model = build_model("mlp", image_shape=(1, 4, 4), num_classes=4, seed=0, hidden=(512, 512), activation="tanh")
+    update = make_update(model, images, labels)
+    found = attack(
+        SecondOrder(precision=precision, certified=1e-8, tolerance=1e-12), update, model, facts(images, labels)
+    )
+    assert found.diagnostics["equations"] > 2e5
+    assert found.diagnostics["rank"] == 16
+    assert found.diagnostics["certified"] == 1.0
+    assert float(psnr_db(found.images, images)) > 60
 
 
 def test_the_certificate_is_honest(make_update, random_images):
