@@ -494,7 +494,7 @@ class Latest:
 
 @dataclass(frozen=True)
 class ProjectedFree:
-    """ρ(x, y) = A(x)·y − b(x) with the best y, found by conjugate gradients: `Projected` without any matrix.
+    """ρ(x, y) = A(x)·y − b(x) with the best y, found by conjugate gradients: A is never formed.
 
     `whole` and `sketched` take x and y in one vector, as in `Recycled`; with no `formed` no Jacobian is formed.
     inner: most iterations of one solve for y, and of one step where no Jacobian is formed.
