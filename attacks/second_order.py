@@ -39,6 +39,7 @@ from attacks.smoothing import kinks, smoothed, spreads
 from attacks.starting import first_guess, random_start
 from attacks.switching import Gates
 from attacks.timesteps import with_timesteps
+from attacks.translations import Move, moved, moves
 from fedattack.errors import FedattackError, NotApplicable, must, one_of
 from fedattack.jacobians import by_rows
 from fedattack.tasks import Diffusion, Task, bind
@@ -83,6 +84,13 @@ LOYALTY = 1e-9
 """Weight, beside the relative cost, of the mean squared distance of the gates from where the images have them; less near the
 end, where it would be all that is left of the cost."""
 
+FAILED, HIGHER = 3, 0.99
+"""Hops end after so many moved images in a row whose search did not end below this share of the lowest cost."""
+
+SHORTLIST, NEAR = 6, 2.0
+"""So many moves are looked at closely, and made where the cost (beyond that of the noise) grows by less than this factor: a
+model that is not blind to translations knows them from their cost."""
+
 REWEIGHTINGS = 2
 """How often the quadratic bound on total variation is renewed where noise is projected out."""
 
@@ -107,6 +115,8 @@ class SecondOrder:
     switching_iterations: of such a model, where that did not end exactly: trial steps of each of up to 20 rounds in which the
     on or off of the units nearest to their kinks, a share `gates` of all, is unknown beside the images (see
     attacks/switching.py); 0: none. For one clean update of one step on all images.
+    hops: where a search has stalled: further searches, at most, from its end with one image moved by a few pixels (see
+    attacks/translations.py); 0: none.
     spectrum: whether rank and condition number are computed at the end (beyond dense_limit only a lower bound of the condition
     number, from the conjugate gradients).
 
@@ -133,6 +143,7 @@ class SecondOrder:
     smoothing_iterations: int = 10
     switching_iterations: int = 12
     gates: float = 0.2
+    hops: int = 12
     spectrum: bool = True
     sigma: float | None = None
     prior_weight: float = 0.5
@@ -146,6 +157,8 @@ class SecondOrder:
         for name in ("sigma", "prior_weight"):
             if (value := getattr(self, name)) is not None and not value >= 0:
                 raise FedattackError(must(name, "zero or positive", value))
+        if self.hops < 0:
+            raise FedattackError(must("hops", "zero or positive", self.hops))
         if not 0 < self.gates <= 1:
             raise FedattackError(must("gates", "a share above 0, at most 1", self.gates))
 
@@ -347,6 +360,11 @@ class _Case:
         return problem.start(attack.restarts, self.generator, random_start(attack.start), self.first)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the images that are searched."""
+        return self.views[0].problem.unknown["images"].shape
+
+    @property
     def noise(self) -> float:
         """On every equation of the first view, and of the others once they are scaled by `share`; 0: there is none."""
         return self.views[0].noise
@@ -374,7 +392,12 @@ class _Case:
         """The cost below which a start has explained the updates: exactly, or down to their noise."""
         if self.noise == 0:
             return self.attack.certified
-        return self.noise**2 * (self.count + 5.0 * math.sqrt(2.0 * self.count)) / len(self.views)
+        return self.expected * (1.0 + 5.0 * math.sqrt(2.0 / self.count))
+
+    @property
+    def expected(self) -> float:
+        """The cost of the truth."""
+        return self.noise**2 * self.count / len(self.views)
 
 
 # ---------------------------------------------------------------------------------------------------- known noise
@@ -433,7 +456,16 @@ def _search_images(case: _Case) -> Reconstruction:
             found = search(brief, views, start, _later(told, len(trials)))
             start = found.x if math.isfinite(found.costs[-1]) else start
             first, trials = first or found.costs[:1], [*trials, *found.costs[1:]]
-        found = best = search(attack, case.views, start, _later(told, len(trials)))
+
+        def sharp_search(x: Tensor, done: int, before: int = len(trials)) -> Solution:
+            return search(attack, case.views, x, _later(told, before + done))
+
+        def roughly(found: Solution, move: Move) -> float:
+            with torch.no_grad():
+                place = moved(found.x.reshape(variable.shape), move).reshape(-1)
+                return _height(function(case.views, place))
+
+        found = best = _hopping(case, sharp_search, lambda end: case.cost(finish(end)), start, roughly)
         first, trials = first or found.costs[:1], [*trials, *found.costs[1:]]
         x, lowest, fruitless, share = found.x, math.inf, 0, attack.gates
         for _ in range(ROUNDS if switching else 0):
@@ -598,7 +630,19 @@ def _search_noisy(case: _Case) -> Reconstruction:
         costs: tuple[float, ...] = ()
         for _ in range(1 + REWEIGHTINGS):
             at = dense_at(slopes) if dense else free_at(slopes)
-            solution = _searched(attack, at, start, told)
+
+            def search(x: Tensor, done: int, at: Callable[[Tensor], Point] = at) -> Solution:
+                return _searched(attack, at, x, _later(told, done))
+
+            def roughly(found: Solution, move: Move, slopes: Tensor = slopes) -> float:
+                assert isinstance(found.point, Projected | ProjectedFree)
+                x, r = (moved(z.reshape(shape), move).reshape(-1) for z in (found.x, found.point.linear_unknowns))
+                return _height(residual(whole, slopes, x, r, transformable=False))
+
+            def exactly(x: Tensor, at: Callable[[Tensor], Point] = at) -> float:
+                return _height(at(x).residual)
+
+            solution = _hopping(case, search, lambda end: case.cost(finish(end)), start, roughly, exactly)
             costs += solution.costs
             if case.prior == 0 or not math.isfinite(solution.costs[-1]):
                 break
@@ -630,6 +674,49 @@ def _searched(
     )
 
 
+def _hopping(
+    case: _Case,
+    search: Callable[[Tensor, int], Solution],
+    cost: Callable[[Solution], float],
+    start: Tensor,
+    roughly: Callable[[Solution, Move], float],
+    exactly: Callable[[Tensor], float] | None = None,
+) -> Solution:
+    """A search from start, and more of them from where it ended with an image moved, see attacks/translations.py.
+
+    search: is also given how many trials were made before. cost: what a solution is judged by. roughly: ‖ρ‖² after a move.
+    exactly: ‖ρ‖² at a place, where that is another matter.
+    """
+    best = search(start, 0)
+    lowest, trials, failed = cost(best), list(best.costs), 0
+    ahead: list[tuple[float, Tensor]] = []
+    for _ in range(case.attack.hops):
+        if not case.success < lowest < math.inf:
+            break
+        if failed == 0:
+            x = best.x.reshape(case.shape)
+            ranked = sorted((roughly(best, move), move) for move in moves(case.shape))[:SHORTLIST]
+            places = [(height, moved(x, move).reshape(-1)) for height, move in ranked]
+            if exactly is not None:
+                places = [(exactly(place), place) for _, place in places]
+            highest = case.expected + NEAR * (best.costs[-1] - case.expected)
+            ahead = sorted((pair for pair in places if pair[0] < highest), key=lambda pair: pair[0])
+        if failed == min(len(ahead), FAILED):
+            break
+        found = search(ahead[failed][1], len(trials) - 1)
+        trials += found.costs[1:]
+        if cost(found) < HIGHER * lowest:
+            best, lowest, failed = found, cost(found), 0
+        else:
+            failed += 1
+    return replace(best, costs=tuple(trials))
+
+
+def _height(residual: Tensor) -> float:
+    found = float(residual.detach().square().sum())
+    return found if math.isfinite(found) else math.inf
+
+
 def _multistart(
     case: _Case,
     solve: Callable[[int, Tensor, Told], Solution],
@@ -646,7 +733,8 @@ def _multistart(
     for number, start in enumerate(starts):
 
         def told(iteration: int, cost: float, done: int = number * (before + attack.iterations)) -> None:
-            case.progress(done + iteration, len(starts) * (before + attack.iterations), cost)
+            here = min(iteration, before + attack.iterations)  # hops come on top
+            case.progress(done + here, len(starts) * (before + attack.iterations), cost)
 
         solution = solve(number, start, told)
         trials += len(solution.costs) - 1
