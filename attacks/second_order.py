@@ -39,7 +39,7 @@ from attacks.smoothing import kinks, smoothed, spreads
 from attacks.starting import first_guess, random_start
 from attacks.switching import Gates
 from attacks.timesteps import with_timesteps
-from attacks.translations import Move, moved, moves
+from attacks.translations import Translating
 from fedattack.errors import FedattackError, NotApplicable, must, one_of
 from fedattack.jacobians import by_rows
 from fedattack.tasks import Diffusion, Task, bind
@@ -84,13 +84,6 @@ LOYALTY = 1e-9
 """Weight, beside the relative cost, of the mean squared distance of the gates from where the images have them; less near the
 end, where it would be all that is left of the cost."""
 
-FAILED, HIGHER = 3, 0.99
-"""Hops end after so many moved images in a row whose search did not end below this share of the lowest cost."""
-
-SHORTLIST, NEAR = 6, 2.0
-"""So many moves are looked at closely, and made where the cost (beyond that of the noise) grows by less than this factor: a
-model that is not blind to translations knows them from their cost."""
-
 REWEIGHTINGS = 2
 """How often the quadratic bound on total variation is renewed where noise is projected out."""
 
@@ -115,8 +108,8 @@ class SecondOrder:
     switching_iterations: of such a model, where that did not end exactly: trial steps of each of up to 20 rounds in which the
     on or off of the units nearest to their kinks, a share `gates` of all, is unknown beside the images (see
     attacks/switching.py); 0: none. For one clean update of one step on all images.
-    hops: where a search has stalled: further searches, at most, from its end with one image moved by a few pixels (see
-    attacks/translations.py); 0: none.
+    translations: where a search of a clean update has stalled: further searches, at most, of as many iterations each, from its
+    end with one image moved by a few pixels (see attacks/translations.py); 0: none.
     spectrum: whether rank and condition number are computed at the end (beyond dense_limit only a lower bound of the condition
     number, from the conjugate gradients).
 
@@ -143,7 +136,7 @@ class SecondOrder:
     smoothing_iterations: int = 10
     switching_iterations: int = 12
     gates: float = 0.2
-    hops: int = 12
+    translations: int = 12
     spectrum: bool = True
     sigma: float | None = None
     prior_weight: float = 0.5
@@ -157,8 +150,8 @@ class SecondOrder:
         for name in ("sigma", "prior_weight"):
             if (value := getattr(self, name)) is not None and not value >= 0:
                 raise FedattackError(must(name, "zero or positive", value))
-        if self.hops < 0:
-            raise FedattackError(must("hops", "zero or positive", self.hops))
+        if self.translations < 0:
+            raise FedattackError(must("translations", "zero or positive", self.translations))
         if not 0 < self.gates <= 1:
             raise FedattackError(must("gates", "a share above 0, at most 1", self.gates))
 
@@ -359,10 +352,25 @@ class _Case:
         attack, problem = self.attack, self.views[0].problem
         return problem.start(attack.restarts, self.generator, random_start(attack.start), self.first)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the images that are searched."""
-        return self.views[0].problem.unknown["images"].shape
+    def translating(
+        self,
+        search: Callable[[Tensor, int], Solution],
+        unknown: Callable[[Solution], Tensor],
+        finish: Callable[[Solution], dict[str, Tensor]],
+        rough_cost: Callable[[Tensor], float],
+        close_cost: Callable[[Tensor], float] | None = None,
+    ) -> Translating:
+        """Not under noise, where a cost is no longer nearly zero or far from it."""
+        return Translating(
+            search=search,
+            unknown=unknown,
+            shape=self.views[0].problem.unknown["images"].shape,
+            verdict=lambda end: self.cost(finish(end)),
+            rough_cost=rough_cost,
+            close_cost=close_cost or rough_cost,
+            success=self.success,
+            most=self.attack.translations if self.noise == 0 else 0,
+        )
 
     @property
     def noise(self) -> float:
@@ -392,12 +400,7 @@ class _Case:
         """The cost below which a start has explained the updates: exactly, or down to their noise."""
         if self.noise == 0:
             return self.attack.certified
-        return self.expected * (1.0 + 5.0 * math.sqrt(2.0 / self.count))
-
-    @property
-    def expected(self) -> float:
-        """The cost of the truth."""
-        return self.noise**2 * self.count / len(self.views)
+        return self.noise**2 * (self.count + 5.0 * math.sqrt(2.0 * self.count)) / len(self.views)
 
 
 # ---------------------------------------------------------------------------------------------------- known noise
@@ -426,7 +429,7 @@ def _search_images(case: _Case) -> Reconstruction:
             rows.append(case.prior * variation_rows(images, case.difference))
         return torch.cat(rows)
 
-    def search(brief: SecondOrder, views: Sequence[_View], start: Tensor, told: Told) -> Solution:
+    def stepper(views: Sequence[_View]) -> Callable[[Tensor], Point]:
         few = [view.sketched(attack.kept(unknowns), case.generator) for view in views] if dense else []
         rough, formed = [view.to(torch.float32) for view in few], Formed()
 
@@ -439,7 +442,14 @@ def _search_images(case: _Case) -> Reconstruction:
                 return Recycled.at(whole, sketched, x, _chunk(case.count), formed)
             return MatrixFree.at(whole, x, attack.inner_steps)
 
-        return _searched(brief, at, start, told, box)
+        return at
+
+    def search(brief: SecondOrder, views: Sequence[_View], start: Tensor, told: Told) -> Solution:
+        return _searched(brief, stepper(views), start, told, box)
+
+    def rough_cost(x: Tensor) -> float:
+        with torch.no_grad():
+            return _squared(function(case.views, x))
 
     def finish(solution: Solution) -> dict[str, Tensor]:
         return {"images": solution.x.reshape(variable.shape)}
@@ -457,17 +467,15 @@ def _search_images(case: _Case) -> Reconstruction:
             start = found.x if math.isfinite(found.costs[-1]) else start
             first, trials = first or found.costs[:1], [*trials, *found.costs[1:]]
 
+        at = stepper(case.views)
+
         def sharp_search(x: Tensor, done: int, before: int = len(trials)) -> Solution:
-            return search(attack, case.views, x, _later(told, before + done))
+            return _searched(attack, at, x, _later(told, before + done), box)
 
-        def roughly(found: Solution, move: Move) -> float:
-            with torch.no_grad():
-                place = moved(found.x.reshape(variable.shape), move).reshape(-1)
-                return _height(function(case.views, place))
-
-        found = best = _hopping(case, sharp_search, lambda end: case.cost(finish(end)), start, roughly)
+        translating = case.translating(sharp_search, lambda end: end.x, finish, rough_cost)
+        found = best = translating.search_from(start)
         first, trials = first or found.costs[:1], [*trials, *found.costs[1:]]
-        x, lowest, fruitless, share = found.x, math.inf, 0, attack.gates
+        x, lowest, fruitless, share, searches = found.x, math.inf, 0, attack.gates, found.searches
         for _ in range(ROUNDS if switching else 0):
             if case.cost(finish(best)) <= case.success or not math.isfinite(best.costs[-1]) or fruitless == FRUITLESS:
                 break
@@ -483,7 +491,7 @@ def _search_images(case: _Case) -> Reconstruction:
             found = search(brief, case.views, x, _later(told, len(trials)))
             trials += found.costs[1:]
             best = min(best, found, key=lambda end: case.cost(finish(end)))
-        return replace(best, costs=(*first, *trials))
+        return replace(best, costs=(*first, *trials), searches=searches)
 
     extra = len(widths) * attack.smoothing_iterations + (2 * ROUNDS * attack.switching_iterations if switching else 0)
     return _multistart(case, solve, starts, finish, unknowns, extra)
@@ -608,8 +616,7 @@ def _search_noisy(case: _Case) -> Reconstruction:
         rows, function = partial(matrix, slopes), partial(residual, few, slopes)
         return lambda x: Projected.at(rows, function, x, _chunk(case.count))
 
-    def free_at(slopes: Tensor) -> Callable[[Tensor], Point]:
-        latest = Latest(torch.zeros(pixels).to(noisy))
+    def free_at(slopes: Tensor, latest: Latest) -> Callable[[Tensor], Point]:
         formed, rough = Formed() if pixels <= attack.dense_limit else None, few.to(torch.float32)
 
         def both(z: Tensor) -> Tensor:
@@ -625,24 +632,33 @@ def _search_noisy(case: _Case) -> Reconstruction:
         with torch.no_grad():
             return private(problem, solution.x, solution.point.linear_unknowns)
 
+    def unknown(solution: Solution) -> Tensor:
+        assert isinstance(solution.point, Projected | ProjectedFree)
+        return torch.cat([solution.x, solution.point.linear_unknowns])
+
     def solve(number: int, start: Tensor, told: Told) -> Solution:
         slopes = torch.full_like(differences(start.reshape(shape)), 1.0 / case.difference)
         costs: tuple[float, ...] = ()
         for _ in range(1 + REWEIGHTINGS):
-            at = dense_at(slopes) if dense else free_at(slopes)
+            latest = Latest(torch.zeros_like(start))
+            at = dense_at(slopes) if dense else free_at(slopes, latest)
 
-            def search(x: Tensor, done: int, at: Callable[[Tensor], Point] = at) -> Solution:
-                return _searched(attack, at, x, _later(told, done))
+            def put(z: Tensor, latest: Latest = latest) -> Tensor:  # noisy images and residuals, one behind the other
+                latest.y = z[pixels:]
+                return z[:pixels]
 
-            def roughly(found: Solution, move: Move, slopes: Tensor = slopes) -> float:
-                assert isinstance(found.point, Projected | ProjectedFree)
-                x, r = (moved(z.reshape(shape), move).reshape(-1) for z in (found.x, found.point.linear_unknowns))
-                return _height(residual(whole, slopes, x, r, transformable=False))
+            def search(z: Tensor, done: int, at: Callable[[Tensor], Point] = at) -> Solution:
+                return _searched(attack, at, put(z), _later(told, done))
 
-            def exactly(x: Tensor, at: Callable[[Tensor], Point] = at) -> float:
-                return _height(at(x).residual)
+            def rough_cost(z: Tensor, slopes: Tensor = slopes) -> float:
+                with torch.no_grad():
+                    return _squared(residual(whole, slopes, z[:pixels], z[pixels:]))
 
-            solution = _hopping(case, search, lambda end: case.cost(finish(end)), start, roughly, exactly)
+            def close_cost(z: Tensor, at: Callable[[Tensor], Point] = at) -> float:
+                return _squared(at(put(z)).residual)
+
+            begin = torch.cat([start, latest.y])
+            solution = case.translating(search, unknown, finish, rough_cost, close_cost).search_from(begin)
             costs += solution.costs
             if case.prior == 0 or not math.isfinite(solution.costs[-1]):
                 break
@@ -674,45 +690,8 @@ def _searched(
     )
 
 
-def _hopping(
-    case: _Case,
-    search: Callable[[Tensor, int], Solution],
-    cost: Callable[[Solution], float],
-    start: Tensor,
-    roughly: Callable[[Solution, Move], float],
-    exactly: Callable[[Tensor], float] | None = None,
-) -> Solution:
-    """A search from start, and more of them from where it ended with an image moved, see attacks/translations.py.
-
-    search: is also given how many trials were made before. cost: what a solution is judged by. roughly: ‖ρ‖² after a move.
-    exactly: ‖ρ‖² at a place, where that is another matter.
-    """
-    best = search(start, 0)
-    lowest, trials, failed = cost(best), list(best.costs), 0
-    ahead: list[tuple[float, Tensor]] = []
-    for _ in range(case.attack.hops):
-        if not case.success < lowest < math.inf:
-            break
-        if failed == 0:
-            x = best.x.reshape(case.shape)
-            ranked = sorted((roughly(best, move), move) for move in moves(case.shape))[:SHORTLIST]
-            places = [(height, moved(x, move).reshape(-1)) for height, move in ranked]
-            if exactly is not None:
-                places = [(exactly(place), place) for _, place in places]
-            highest = case.expected + NEAR * (best.costs[-1] - case.expected)
-            ahead = sorted((pair for pair in places if pair[0] < highest), key=lambda pair: pair[0])
-        if failed == min(len(ahead), FAILED):
-            break
-        found = search(ahead[failed][1], len(trials) - 1)
-        trials += found.costs[1:]
-        if cost(found) < HIGHER * lowest:
-            best, lowest, failed = found, cost(found), 0
-        else:
-            failed += 1
-    return replace(best, costs=tuple(trials))
-
-
-def _height(residual: Tensor) -> float:
+def _squared(residual: Tensor) -> float:
+    """‖ρ‖², infinite where it is not finite."""
     found = float(residual.detach().square().sum())
     return found if math.isfinite(found) else math.inf
 
@@ -733,7 +712,7 @@ def _multistart(
     for number, start in enumerate(starts):
 
         def told(iteration: int, cost: float, done: int = number * (before + attack.iterations)) -> None:
-            here = min(iteration, before + attack.iterations)  # hops come on top
+            here = min(iteration, before + attack.iterations)  # searches of moved images come on top
             case.progress(done + here, len(starts) * (before + attack.iterations), cost)
 
         solution = solve(number, start, told)
@@ -748,6 +727,7 @@ def _multistart(
         "loss": cost,
         "iterations": float(len(solution.costs) - 1),
         "starts": float(len(ends)),
+        "translations": float(sum(end[1].searches - 1 for end in ends)),
         "starts_succeeded": float(sum(end[0] <= case.success for end in ends)),
         "equations": float(equations),
         "unknowns": float(unknowns),

@@ -3,11 +3,10 @@
     python -m experiments.honest_ddpm [--size 8] [--images 10] [--channels 16 32] [--sigma 0 0.01 0.1] [--out ROWS.jsonl]
 
 For each image (or batch) a new draw of t and ε, and an untrained U-Net of a new seed (or the trained one of `--weights`, a
-diffusers folder); the update is a float64 gradient with Gaussian noise of `sigma` times its own rms. Rows and a Markdown table: PSNR
-of `second-order` (given σ where there is noise), whether it was certified, starts and steps it took, and the error floor
-(Cramér-Rao, unbiased and without a prior). PSNR has peak 1 on [0, 1], in a batch that of the worst image; seconds are wall
-clock beside the load average and, in rows, CPU time.
-Trials are told on standard error.
+diffusers folder); the update is a float64 gradient with Gaussian noise of `sigma` times its own rms. Rows and a Markdown
+table: PSNR of `second-order` (given σ where there is noise), whether it was certified, starts and steps it took, and the
+error floor (Cramér-Rao, unbiased and without a prior). PSNR has peak 1 on [0, 1], in a batch that of the worst image;
+seconds are wall clock beside the load average and, in rows, CPU time. Trials are told on standard error.
 """
 
 import argparse
