@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks import least_squares
+from attacks.equations import Equations
 from attacks.least_squares import (
     LEAST,
     Dense,
@@ -21,7 +22,7 @@ from attacks.least_squares import (
     levenberg_marquardt,
 )
 from attacks.matching import pose
-from attacks.second_order import Equations, SecondOrder
+from attacks.second_order import SecondOrder
 from fedattack.errors import FedattackError, NotApplicable
 from fedattack.jacobians import Linearised, by_rows, jacobian_transposed
 from fedattack.metrics import match_batch, psnr_db
