@@ -262,9 +262,7 @@ class _View:
 
     def cost(self, guess: dict[str, Tensor]) -> float:
         with torch.no_grad():
-            difference = self.verdict.left(self.problem.simulated(guess)) - self.verdict.wanted
-        found = float(difference.square().sum())
-        return found if math.isfinite(found) else math.inf
+            return _squared(self.verdict.left(self.problem.simulated(guess)) - self.verdict.wanted)
 
 
 @dataclass(frozen=True)
