@@ -26,7 +26,7 @@ from fedattack.data import ImageData, load_dataset
 from fedattack.jobs import torch_threads
 from fedattack.metrics import match_batch, psnr_db
 from fedattack.models import build_model
-from fedattack.registry import ATTACKS
+from fedattack.registry import ATTACKS, parse_spec
 from fedattack.seeding import derive_generator
 from fedattack.store import append_row
 from fedattack.tasks import build_task, simulate
@@ -91,6 +91,7 @@ CLASSIFIERS = [
     Setting("lenet", {"activation": "sigmoid"}, size=32),
     Setting("lenet", {"activation": "sigmoid"}, size=32, batch=4),
     Setting("lenet", {"activation": "sigmoid"}, size=32, steps=300),
+    Setting("lenet", {"activation": "sigmoid"}, size=32, batch=4, steps=300),
     Setting("lenet", RELU, size=8),
     Setting("lenet", RELU, size=16),
     Setting("lenet", RELU, size=16, steps=300),
@@ -106,7 +107,6 @@ CLASSIFIERS = [
     Setting("convnet", SMALL | {"activation": "gelu"}, size=16),
     Setting("convnet", SMALL | {"activation": "gelu"}, size=16, steps=300),
     Setting("convnet", SMALL | {"activation": "gelu"}, size=16, batch=4),
-    Setting("convnet", SMALL | {"activation": "gelu"}, size=32),
     Setting("convnet", SMALL | {"activation": "relu"}, size=16),
     *(
         Setting("resnet18", SMALL | {"activation": activation, "norm": norm}, size=16)
@@ -115,7 +115,11 @@ CLASSIFIERS = [
     ),
     Setting("resnet18", SMALL | {"activation": "gelu", "norm": "batch"}, size=16, steps=300),
     Setting("resnet18", SMALL | {"activation": "gelu", "norm": "batch"}, size=16, batch=4),
-    Setting("resnet18", SMALL | {"activation": "gelu", "norm": "batch"}, size=32),
+    *(
+        Setting(model, SMALL | {"activation": "gelu"} | options, size=32, **more)
+        for model, options in (("convnet", {}), ("resnet18", {"norm": "batch"}), ("resnet18", {"norm": "group"}))
+        for more in ({}, {"steps": 300}, {"batch": 4})
+    ),
 ]
 """Unlike the first table's, these stand beside both baselines, and some victims are trained first."""
 
@@ -147,15 +151,15 @@ def resized(data: ImageData, indices: list[int], size: int) -> tuple[Tensor, Ten
 
 
 def victim(
-    setting: Setting, images: Tensor, labels: Tensor, seed: int, weights: State | None = None
+    setting: Setting, images: Tensor, labels: Tensor, seed: int, state: State | None = None
 ) -> tuple[Any, Any, Update, Knowledge]:
-    """Model, task, the client's update and what the attacker knows. weights: of a model that was trained."""
+    """Model, task, the client's update and what the attacker knows. state: of a model that was trained."""
     task = build_task("classification" if setting.timestep is None else "diffusion")
     shape = (images.shape[1], images.shape[2], images.shape[3])
     model = build_model(setting.model, image_shape=shape, num_classes=10, seed=seed, **setting.options).double()
     model.eval()  # running statistics of batch normalisation are the server's own
-    if weights is not None:
-        model.load_state_dict(weights)
+    if state is not None:
+        model.load_state_dict(state)
     private = dict(task.draw(images, labels, generator=derive_generator(seed, "client")))
     oracles: dict[str, Tensor] = {"labels": labels}
     if setting.timestep is not None:
@@ -173,11 +177,11 @@ def run(
     labels: Tensor,
     name: str,
     seed: int,
-    weights: State | None = None,
+    state: State | None = None,
     **parameters: Any,
 ) -> dict[str, Any]:
     """One attack on one batch, as a row."""
-    model, task, update, knowledge = victim(setting, images, labels, seed, weights)
+    model, task, update, knowledge = victim(setting, images, labels, seed, state)
     attack = ATTACKS.create(name, **parameters)
     begun = process_time()
     found = attack.reconstruct(update, model, task, knowledge, generator=derive_generator(seed, "attack", name))
@@ -228,8 +232,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=5, help="batches a setting")
     parser.add_argument("--split", choices=("test", "private"), default="test")
     parser.add_argument("--baseline", action="store_true", help="idlg (and inverting-gradients) on the same updates")
+    parser.add_argument("--attack", default="second-order", help="with options, as in a configuration")
     parser.add_argument("--out", type=Path, help="a JSON line for every attack on every batch")
     chosen = parser.parse_args(arguments)
+    name, options = parse_spec(chosen.attack)
     splits = load_dataset(f"npz:{CIFAR}" if CIFAR.is_file() else "patches")
     data = getattr(splits, chosen.split)
     settings = [s for s in TABLES[chosen.table] if not chosen.only or any(text in s.label for text in chosen.only)]
@@ -238,29 +244,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(HEADER, flush=True)
     with torch_threads(1):
         for setting in settings:
-            attacks: list[tuple[str, dict[str, Any]]] = [("second-order", dict(setting.parameters))]
+            attacks: list[tuple[str, dict[str, Any]]] = [(name, {**setting.parameters, **options})]
             if chosen.baseline and setting.timestep is None:
                 attacks.append(("idlg", {"start": "grey"}))
             if chosen.baseline and chosen.table == "classifiers":
                 attacks.append(("inverting-gradients", {"start": "grey"}))
-            rows: dict[str, list[dict[str, Any]]] = {name: [] for name, _ in attacks}
-            weights, score = None, math.nan
+            rows: dict[str, list[dict[str, Any]]] = {attack: [] for attack, _ in attacks}
+            state, score = None, math.nan
             if setting.timestep is None and setting.steps:
                 shape = (3, setting.size, setting.size)
                 model = build_model(
                     setting.model, image_shape=shape, num_classes=10, seed=0, **setting.options
                 ).double()
                 trained(model, setting, splits.private, derive_generator(0, "training"))
-                weights, score = dict(model.state_dict()), accuracy(model, setting, splits.test)
+                state, score = dict(model.state_dict()), accuracy(model, setting, splits.test)
             for seed in range(chosen.images):
                 indices = list(range(seed * setting.batch, (seed + 1) * setting.batch))
                 images, labels = resized(data, indices, setting.size)
-                for name, parameters in attacks:
-                    rows[name].append(run(setting, images, labels, name, seed, weights, **parameters))
-                    if weights is not None:
-                        rows[name][-1]["accuracy"] = score
+                for attack, parameters in attacks:
+                    rows[attack].append(run(setting, images, labels, attack, seed, state, **parameters))
+                    if state is not None:
+                        rows[attack][-1]["accuracy"] = score
                     if chosen.out:
-                        append_row(chosen.out, rows[name][-1])
+                        append_row(chosen.out, rows[attack][-1])
             for some in rows.values():
                 print(line(some), flush=True)
 

@@ -1,6 +1,8 @@
 """What can be recognised: probes with known answers, ranks by hand, galleries without copies, labels for scoring only."""
 
+import json
 import math
+from random import Random
 
 import numpy as np
 import pytest
@@ -30,7 +32,8 @@ from fedattack.recognition import (
 )
 from fedattack.recognition_probes import NOISE, Features, Probe, degraded, detect_faces, parse_task, raw_features
 from fedattack.report import build_report
-from fedattack.report.recognition import _figure, recognised_tables
+from fedattack.report.recognition import figure, recognised_tables
+from fedattack.report.revealed import revealed
 from fedattack.scoring import score_run
 from fedattack.seeding import derive_generator
 from fedattack.store import read_rows
@@ -709,7 +712,7 @@ def test_the_table_counts_images_and_sets_chance_beside():
     ],
 )  # fmt: skip
 def test_shares_keep_two_digits_and_are_never_rounded_up_to_all(value, shown):
-    assert _figure(value, True) == shown
+    assert figure(value, True) == shown
 
 
 def test_the_table_says_how_pairs_were_made_and_what_is_learned():
@@ -744,3 +747,93 @@ def test_the_page_has_the_table(campaign):
     assert "nearest of 2 people" in page
     assert "100 % (2 of 2)" in page
     assert "clean images of the test part" in page
+
+
+# ------------------------------------------------------------------------------------------------ the headline's verdict
+def ranks(attack, values, kind="attack", *, pairs="given", **facts):
+    """One row a client."""
+    found = {"people": 100, "chance_rank": 50.5, "pairs": pairs} | facts
+    return [
+        told(attack, kind, identity=found | {"rank": [float(value)]}) | {"client": f"client-{number}"}
+        for number, value in enumerate(values)
+    ]
+
+
+def verdict(*groups):
+    ((case, found),) = revealed([row for group in groups for row in group]).items()
+    assert case == "c"
+    return found
+
+
+def test_a_person_is_told_where_ranks_beat_chance_and_every_blind_picture():
+    near, far, random = [1, 2, 1, 3, 2, 70], [55, 30, 70, 90, 20, 60], Random(0)
+    (found,) = verdict(ranks("dlg", near), ranks("mean-image", far, "baseline"))
+    assert found.told
+    assert "Person: dlg puts the right person at median rank 2 of 100 (chance 50.5; 57.5 at best" in found.words
+    assert "6 clients, p = 0.031)" in found.words  # five signs of six right, the sixth the smallest: 2 of 64
+    (same,) = verdict(ranks("dlg", near), ranks("mean-image", near, "baseline"))
+    assert not same.told
+    assert "p = 1)" in same.words
+    guesses = [[random.randint(1, 100) for _ in range(8)] for _ in range(40)]
+    lucky = sum(verdict(ranks("dlg", some))[0].told for some in guesses)
+    assert lucky <= 6  # one in twenty
+
+
+def test_what_was_chosen_with_the_truth_is_no_control_and_gives_no_chance():
+    near, far = [1, 2, 1, 3, 2, 4], [55, 30, 70, 90, 20, 60]
+    (found,) = verdict(
+        ranks("dlg", near), ranks("nearest-public", near, "baseline"), ranks("batch-mean", near, "baseline")
+    )
+    assert found.told
+    assert revealed(ranks("dlg", near, pairs="chosen")) == {}
+    assert (
+        revealed([*ranks("dlg", near, pairs="chosen"), *ranks("mean-image", far, "baseline", pairs="majority")]) == {}
+    )
+    (found,) = verdict(ranks("dlg", near, pairs="chosen"), ranks("noise", far, "baseline", pairs="chosen"))
+    assert found.told
+    assert "chance" not in found.words
+
+
+def test_a_client_counts_once_however_many_pictures_it_sent_and_attacks_pay_for_each_other():
+    near = [1, 2, 1, 3, 2]
+    rounds = [row | {"round": number} for number in range(3) for row in ranks("dlg", near)]
+    (found,) = verdict(rounds)
+    assert "5 clients, p = 0.031)" in found.words
+    (found,) = verdict(rounds, ranks("idlg", near))
+    assert "p = 0.062 for 2 attacks" in found.words
+    assert not found.told
+    (found,) = verdict(ranks("dlg", [1]))
+    assert not found.told
+    assert "1 client, p = 0.5)" in found.words
+
+
+def test_a_class_must_beat_the_commonest_one():
+    def rows(attack, hits, kind="attack", **facts):
+        facts = {"commonest": [True], "expected": [0.5], "pairs": "given", "learned": True} | facts
+        return [
+            told(attack, kind, **{"attribute:male": facts | {"hit": [hit]}}) | {"client": f"client-{number}"}
+            for number, hit in enumerate(hits)
+        ]
+
+    (found,) = verdict(rows("dlg", [True] * 8))
+    assert not found.told
+    assert (
+        "Male: the most telling attack, dlg, shows the right one in 100 % (chance 100 %; 8 clients, p = 1)"
+        in found.words
+    )
+    assert "the update tells without a picture" in found.words
+    (found,) = verdict(rows("dlg", [True] * 8, commonest=[False]), rows("noise", [False] * 8, "baseline"))
+    assert found.told
+    assert revealed([told("dlg", face={"hit": [True], "chance": 0.005})]) == {}
+    noisy = [row | {"defense": "gaussian-noise(sigma=0.1)"} for row in rows("dlg", [True])]
+    (found,) = verdict(noisy)
+    assert found.words.startswith("Male, gaussian-noise σ=0.1: ")
+
+
+def test_the_headline_says_what_is_told(tmp_path):
+    near = [1, 2, 1, 3, 2, 4]
+    lines = [json.dumps(row | {"psnr_db": [12.0]}) for row in ranks("dlg", near)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    page = build_report(tmp_path).read_text()
+    assert '<span class="badge v-recognisable">told</span> Person: dlg puts the right person' in page
+    assert "paired permutation test" in page

@@ -21,6 +21,7 @@ from fedattack.report.charts import Chart, Series, legend, line_chart
 from fedattack.report.gallery import IMAGES, PICTURES, TARGETS, gallery
 from fedattack.report.montage import write_montage
 from fedattack.report.recognition import recognised_tables
+from fedattack.report.revealed import SIGNIFICANT, revealed
 from fedattack.report.samples import sample_grids
 from fedattack.report.summary import Cell, Row, markdown_table, summarise, write_table
 from fedattack.report.template import SCRIPT, STYLE, TEMPLATE
@@ -100,6 +101,8 @@ def build_report(run: Path, *, targets: int = TARGETS, images: int = IMAGES) -> 
         groups=gallery(rows, run, targets=targets, images=images),
         tables=_tables(cells, rows),
         recognised=recognised_tables(rows),
+        revealed=revealed(rows),
+        significant=SIGNIFICANT,
         controls=left_out,
         bounds=bound_charts(rows),
         ranking=ranking(rows),

@@ -79,7 +79,7 @@ def recognised_tables(rows: Sequence[Row]) -> list[Recognised]:
     split = variants(rows)
     groups: dict[tuple[str, str, str, str, bool], list[Row]] = {}
     for row in rows:
-        if is_ok(row) and _tasks(row):
+        if is_ok(row) and tasks_of(row):
             variant = "" if is_baseline(row) else variant_of(row, split.get(case_of(row), ()))
             groups.setdefault((case_of(row), defense_of(row), attack_of(row), variant, is_baseline(row)), []).append(
                 row
@@ -115,7 +115,8 @@ def _table(case: str, columns: Sequence[_Column], blocks: Mapping[str, Sequence[
     )
 
 
-def _tasks(row: Row) -> dict[str, Facts]:
+def tasks_of(row: Row) -> dict[str, Facts]:
+    """What was looked for in the row's pictures, with what was found."""
     found = row.get("recognised")
     return (
         {str(task): facts for task, facts in found.items() if isinstance(facts, Mapping)}
@@ -127,7 +128,7 @@ def _tasks(row: Row) -> dict[str, Facts]:
 def _columns(rows: Iterable[Row]) -> list[_Column]:
     tasks: dict[str, Facts] = {}
     for row in rows:
-        for task, facts in _tasks(row).items():
+        for task, facts in tasks_of(row).items():
             tasks.setdefault(task, facts)
     found = []
     for task, facts in tasks.items():
@@ -154,6 +155,11 @@ def _columns(rows: Iterable[Row]) -> list[_Column]:
     return found
 
 
+def identified(task: str) -> bool:
+    """Whether a task is about who somebody is, so that ranks are what counts."""
+    return task.partition(":")[0] == "identity"
+
+
 def _entry(column: _Column, group: Sequence[Row]) -> Entry:
     values = _values(group, column, column.values)
     if not values:
@@ -163,21 +169,21 @@ def _entry(column: _Column, group: Sequence[Row]) -> Entry:
         of_batches = all(_pairs(row, column) == "majority" for row in group)
         unit = "" if not of_batches else " batch" if len(values) == 1 else " batches"
         shown = f" ({round(sum(values))} of {len(values)}{unit})"
-    shown = f"{_figure(value, column.share)}{shown}"
+    shown = f"{figure(value, column.share)}{shown}"
     notes = []
     if expected := _values(group, column, column.expected):
-        notes.append(f"chance {_figure(column.combine(expected), column.share)}")
+        notes.append(f"chance {figure(column.combine(expected), column.share)}")
     if _any_chosen(column, group):
         notes.append("pairs chosen")
     if not column.share:
         return Entry(value, shown, "; ".join(notes))
     if commonest := _values(group, column, "commonest"):
-        notes.append(f"commonest {_figure(statistics.fmean(commonest), True)}")
+        notes.append(f"commonest {figure(statistics.fmean(commonest), True)}")
     return Entry(value, shown, "; ".join(notes))
 
 
 def _pairs(row: Row, column: _Column) -> object:
-    return _tasks(row).get(column.task, {}).get("pairs")
+    return tasks_of(row).get(column.task, {}).get("pairs")
 
 
 def _any_chosen(column: _Column, rows: Iterable[Row]) -> bool:
@@ -189,7 +195,7 @@ def _values(rows: Iterable[Row], column: _Column, field: str) -> list[float]:
     """Of all images of all rows, those that have a value; a truth value counts 0 or 1."""
     found: list[float] = []
     for row in rows:
-        values = _tasks(row).get(column.task, {}).get(field) if field else None
+        values = tasks_of(row).get(column.task, {}).get(field) if field else None
         for value in values if isinstance(values, list | tuple) else ():
             as_number = float(value) if isinstance(value, bool) else number(value)
             if as_number is not None:
@@ -200,15 +206,16 @@ def _values(rows: Iterable[Row], column: _Column, field: str) -> list[float]:
 def _span(column: _Column, rows: Sequence[Row], field: str) -> str:
     """A yardstick; data sets of one case may differ. Where pairs were chosen that stands in place of chance."""
     found = sorted(
-        {value for row in rows if (value := number(_tasks(row).get(column.task, {}).get(field))) is not None}
+        {value for row in rows if (value := number(tasks_of(row).get(column.task, {}).get(field))) is not None}
     )
     if not found:
         return CHOSEN if field == column.chance and _any_chosen(column, rows) else "–"
-    ends = list(dict.fromkeys(_figure(value, column.share) for value in (found[0], found[-1])))
+    ends = list(dict.fromkeys(figure(value, column.share) for value in (found[0], found[-1])))
     return " to ".join(ends)
 
 
-def _figure(value: float, share: bool) -> str:
+def figure(value: float, share: bool) -> str:
+    """A share in percent, of two digits and never rounded up to all; a rank otherwise."""
     if not share:
         return plain_number(value, 0 if value == int(value) else 1)
     percent = 100 * value
@@ -223,7 +230,7 @@ def _figure(value: float, share: bool) -> str:
 def _notes(rows: Sequence[Row], tasks: Sequence[str]) -> Iterable[str]:
     """What the probes are, what is no secret, how pairs were made, and how many true images nothing could be said about."""
     for task in tasks:
-        facts = [found for row in rows if (found := _tasks(row).get(task))]
+        facts = [found for row in rows if (found := tasks_of(row).get(task))]
         features = sorted(
             {
                 f"{f['features']} features of {f.get('public_images')} public images"
@@ -240,9 +247,9 @@ def _notes(rows: Sequence[Row], tasks: Sequence[str]) -> Iterable[str]:
             yield f"{task}, batches above 1: {CHOSEN}; unrelated pictures are right more often than by chance, too."
         left: dict[tuple[str, ...], Facts] = {}
         for row in rows:
-            counts = _tasks(row).get(task, {}).get("left_out")
+            counts = tasks_of(row).get(task, {}).get("left_out")
             if isinstance(counts, Mapping) and counts and not is_baseline(row):
-                unit = "batch" if _tasks(row)[task].get("pairs") == "majority" else "true image"
+                unit = "batch" if tasks_of(row)[task].get("pairs") == "majority" else "true image"
                 left.setdefault((*target_of(row), unit), counts)
         reasons: dict[tuple[str, str], int] = {}
         for (*_, unit), counts in left.items():
