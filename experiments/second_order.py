@@ -88,6 +88,8 @@ SETTINGS = [
 RELU = {"init": "default", "activation": "relu"}
 SMALL = {"width": 8}
 CLASSIFIERS = [
+    Setting("lenet", {"activation": "sigmoid"}, size=16, batch=4),
+    Setting("lenet", {"activation": "sigmoid"}, size=16, batch=4, steps=300),
     Setting("lenet", {"activation": "sigmoid"}, size=32),
     Setting("lenet", {"activation": "sigmoid"}, size=32, batch=4),
     Setting("lenet", {"activation": "sigmoid"}, size=32, steps=300),

@@ -531,7 +531,7 @@ def formations(monkeypatch):
     monkeypatch.setattr(
         Formed, "form", lambda formed, f, x, chunk: (sizes.append(len(x)), form(formed, f, x, chunk))[1]
     )
-    monkeypatch.setattr("attacks.second_order.PROJECTED", 8)
+    monkeypatch.setattr("attacks.second_order_noise.PROJECTED", 8)
     return sizes
 
 

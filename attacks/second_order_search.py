@@ -1,0 +1,324 @@
+"""What both searches of `second-order` share: its options, the updates as equations, one start after another.
+
+The searches: `attacks.second_order` where the images alone are unknown, `attacks.second_order_noise` where their noise is, too.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from attacks.equations import Equations
+from attacks.least_squares import (
+    MatrixFree,
+    MatrixFreeLinear,
+    Point,
+    Projected,
+    ProjectedFree,
+    Solution,
+    levenberg_marquardt,
+)
+from attacks.matching import Problem, check_options, pose
+from attacks.noise import noise_level
+from attacks.starting import random_start
+from attacks.translations import Translating
+from fedattack.errors import FedattackError, must, one_of
+from fedattack.tasks import Task
+from fedattack.types import Knowledge, Progress, Reconstruction, Update
+
+BOXES = ("end", "step")
+WEIGHTS = {"entries": 0.0, "balanced": 0.5, "layers": 1.0}
+"""How much a layer counts: its equations are divided by ‖g_layer‖ to this power."""
+
+EQUATIONS = 4096
+"""A sketch keeps at least so many: they are cheap."""
+
+ENTRIES = 1 << 24
+"""How many numbers one chunk of Jacobian columns may hold."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `second-order` can be told.
+
+    iterations: trial steps of each start; the search ends early below `tolerance`, where it stalls, or once a start is
+    certified. A cost is ‖simulated − observed‖²/‖observed‖² in the weights of the search: 1 for silence, 0 for a perfect
+    match. weights: "entries" (all alike), "layers" (each divided by its norm, so that all layers count the same) or
+    "balanced" between them. certified: the cost, in "layers" weights whatever the search had, below which (with as many
+    independent equations as unknowns; beyond dense_limit independence is not checked) a result is called exact.
+    start: "grey", "normal" or "uniform", see Problem.start; or an attack such as "r-conv", whose result is the first start
+    (of models with ReLUs the second too, slightly smoothed; the others are grey). box: images are clamped to [0, 1] at the
+    "end" or after each "step". damping: of the first step, in units of the largest diagonal entry of JᵀJ. sketch: equations
+    kept for each unknown in the Jacobians that precondition the steps, 0 for all, never fewer than 4,096 (with unknown noise in
+    at most 512 pixels the search itself keeps four times as many: with fewer, most get stuck). dense_limit: unknown pixels
+    beyond which no Jacobian is formed and each step takes up to `inner_steps` plain conjugate gradients.
+    smoothing_iterations: trial steps, before those on the model itself, at each of five widths of smoothed copies of a model
+    whose modules include ReLUs, the gradients of which jump (always with weights "layers": deep ones need it); 0: none.
+    switching_iterations: of such a model, where that did not end exactly: trial steps of each of up to 20 rounds in which the
+    on or off of the units nearest to their kinks, a share `gates` of all, is unknown beside the images (see
+    attacks/switching.py); 0: none. For one clean update of one step on all images.
+    translations: where a search of a clean update has stalled: further searches, at most, of as many iterations each, from its
+    end with one image moved by a few pixels (see attacks/translations.py); 0: none.
+    spectrum: whether rank and condition number are computed at the end (beyond dense_limit only a lower bound of the condition
+    number, from the conjugate gradients).
+
+    sigma: standard deviation of Gaussian noise on every entry of the (pseudo-)gradient; None: what the known defense says,
+    else none. With noise the whitened problem is solved, all equations kept as far as memory allows, with a total-variation
+    prior on the images times `prior_weight` (0: none) and N(0, 1) on unknown DDPM noise: maximum a posteriori.
+    """
+
+    iterations: int = 100
+    restarts: int = 8
+    start: str = "grey"
+    tolerance: float = 1e-22
+    certified: float = 1e-10
+    weights: str = "entries"
+    damping: float = 1e-3
+    box: str = "end"
+    sketch: float = 3.0
+    dense_limit: int = 4096
+    inner_steps: int = 300
+    smoothing_iterations: int = 10
+    switching_iterations: int = 12
+    gates: float = 0.2
+    translations: int = 12
+    spectrum: bool = True
+    sigma: float | None = None
+    prior_weight: float = 0.5
+    precision: str = "float64"
+
+    def __post_init__(self) -> None:
+        check_options("l2", random_start(self.start), self.iterations)
+        for what, table, got in (("box", BOXES, self.box), ("weights", WEIGHTS, self.weights)):
+            if got not in table:
+                raise FedattackError(one_of(what, table, got))
+        for name in ("sigma", "prior_weight"):
+            if (value := getattr(self, name)) is not None and not value >= 0:
+                raise FedattackError(must(name, "zero or positive", value))
+        if self.translations < 0:
+            raise FedattackError(must("translations", "zero or positive", self.translations))
+        if not 0 < self.gates <= 1:
+            raise FedattackError(must("gates", "a share above 0, at most 1", self.gates))
+
+    def kept(self, unknowns: int) -> int:
+        """How many equations a sketch keeps; 0: all."""
+        return max(EQUATIONS, math.ceil(self.sketch * unknowns)) if self.sketch > 0 else 0
+
+
+# ---------------------------------------------------------------------------------------------------- equations
+def chunk_of(count: int) -> int:
+    """How many columns of a Jacobian of so many equations are computed at once."""
+    return max(1, min(64, ENTRIES // count))
+
+
+@dataclass(frozen=True)
+class View:
+    """One update of the images.
+
+    equations: those of the search. verdict: all of them, by which the results of starts are compared; every layer alike,
+    unless there is noise. noise: its standard deviation on every equation.
+    """
+
+    problem: Problem
+    equations: Equations
+    verdict: Equations
+    noise: float
+
+    @staticmethod
+    def of(attack: Options, update: Update, model: nn.Module, task: Task, knowledge: Knowledge) -> "View":
+        problem = pose(update, model, task, knowledge, precision=attack.precision)
+        sigma = noise_level(update, knowledge) if attack.sigma is None else attack.sigma
+        equations = Equations.of(problem, update, WEIGHTS["entries" if sigma > 0 else attack.weights])
+        verdict = equations if sigma > 0 else Equations.of(problem, update)
+        return View(problem, equations, verdict, sigma * float(next(iter(equations.weights.values()))))
+
+    def sketched(self, count: int, generator: torch.Generator) -> "View":
+        return replace(self, equations=self.equations.sketched(count, generator))
+
+    def to(self, dtype: torch.dtype) -> "View":
+        return replace(self, problem=self.problem.to(dtype), equations=self.equations.to(dtype))
+
+    def cost(self, guess: dict[str, Tensor]) -> float:
+        with torch.no_grad():
+            return squared(self.verdict.left(self.problem.simulated(guess)) - self.verdict.wanted)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What every search needs. views: updates of the same images, noisy ones divided by their noise where there are several.
+
+    difference: the mean difference of neighbouring pixels of public images. first: images to start from.
+    """
+
+    attack: Options
+    views: list[View]
+    difference: float
+    generator: torch.Generator
+    progress: Progress
+    begun: float
+    first: Tensor | None = None
+
+    def starts(self) -> dict[str, Tensor]:
+        """(restarts, …) each, the first given or all at random."""
+        attack, problem = self.attack, self.views[0].problem
+        return problem.start(attack.restarts, self.generator, random_start(attack.start), self.first)
+
+    def translating(
+        self,
+        search: Callable[[Tensor, int], Solution],
+        unknown: Callable[[Solution], Tensor],
+        finish: Callable[[Solution], dict[str, Tensor]],
+        rough_cost: Callable[[Tensor], float],
+        close_cost: Callable[[Tensor], float] | None = None,
+    ) -> Translating:
+        """Not under noise, where a cost is no longer nearly zero or far from it."""
+        return Translating(
+            search=search,
+            unknown=unknown,
+            shape=self.views[0].problem.unknown["images"].shape,
+            verdict=lambda end: self.cost(finish(end)),
+            rough_cost=rough_cost,
+            close_cost=close_cost or rough_cost,
+            success=self.success,
+            most=self.attack.translations if self.noise == 0 else 0,
+        )
+
+    @property
+    def noise(self) -> float:
+        """On every equation of the first view, and of the others once they are scaled by `share`; 0: there is none."""
+        return self.views[0].noise
+
+    def share(self, view: View) -> float:
+        """What a view's equations are multiplied by, so that all have the same noise."""
+        return self.noise / view.noise if self.noise > 0 and view.noise > 0 else 1.0
+
+    @property
+    def prior(self) -> float:
+        """Factor of the prior's residuals, −2·log p, beside equations that are not divided by their noise."""
+        return self.noise * math.sqrt(2.0 * self.attack.prior_weight)
+
+    def cost(self, guess: dict[str, Tensor]) -> float:
+        """Mean over the views of the verdict."""
+        return sum(self.share(view) ** 2 * view.cost(guess) for view in self.views) / len(self.views)
+
+    @property
+    def count(self) -> int:
+        """How many equations there are without any sketch."""
+        return sum(len(view.verdict.wanted) for view in self.views)
+
+    @property
+    def success(self) -> float:
+        """The cost below which a start has explained the updates: exactly, or down to their noise."""
+        if self.noise == 0:
+            return self.attack.certified
+        return self.noise**2 * (self.count + 5.0 * math.sqrt(2.0 * self.count)) / len(self.views)
+
+
+# ---------------------------------------------------------------------------------------------------- starts
+Told = Callable[[int, float], None]
+"""Hears of every trial: its number and its cost."""
+
+
+def later(told: Told, done: int) -> Told:
+    """`told` for a search that comes after so many trials."""
+    return lambda iteration, cost: told(done + iteration, cost)
+
+
+def searched(
+    attack: Options,
+    at: Callable[[Tensor], Point],
+    start: Tensor,
+    told: Told,
+    box: tuple[Tensor, Tensor] | None = None,
+) -> Solution:
+    """One search, as long and as exact as the options say."""
+    return levenberg_marquardt(
+        at,
+        start,
+        iterations=attack.iterations,
+        tolerance=attack.tolerance,
+        damping=attack.damping,
+        box=box,
+        told=told,
+    )
+
+
+def squared(residual: Tensor) -> float:
+    """‖ρ‖², infinite where it is not finite."""
+    found = float(residual.detach().square().sum())
+    return found if math.isfinite(found) else math.inf
+
+
+def multistart(
+    case: Case,
+    solve: Callable[[int, Tensor, Told], Solution],
+    starts: Tensor,
+    finish: Callable[[Solution], dict[str, Tensor]],
+    unknowns: int,
+    before: int = 0,
+) -> Reconstruction:
+    """One start after another until one explains the update; the lowest verdict wins.
+
+    solve: is given a start's number too. before: trials besides iterations.
+    """
+    attack, problem = case.attack, case.views[0].problem
+    ends: list[tuple[float, Solution, dict[str, Tensor]]] = []
+    trials = 0
+    for number, start in enumerate(starts):
+
+        def told(iteration: int, cost: float, done: int = number * (before + attack.iterations)) -> None:
+            here = min(iteration, before + attack.iterations)  # searches of moved images come on top
+            case.progress(done + here, len(starts) * (before + attack.iterations), cost)
+
+        solution = solve(number, start, told)
+        trials += len(solution.costs) - 1
+        guess = finish(solution)
+        ends.append((case.cost(guess), solution, guess))
+        if ends[-1][0] <= case.success and unknowns <= case.count:
+            break
+    cost, solution, guess = min(ends, key=lambda end: end[0])
+    equations = sum(view.equations.count for view in case.views)
+    diagnostics = {
+        "loss": cost,
+        "iterations": float(len(solution.costs) - 1),
+        "starts": float(len(ends)),
+        "translations": float(sum(end[1].searches - 1 for end in ends)),
+        "starts_succeeded": float(sum(end[0] <= case.success for end in ends)),
+        "equations": float(equations),
+        "unknowns": float(unknowns),
+        "dense": float(not isinstance(solution.point, MatrixFree | ProjectedFree)),
+    }
+    if len(case.views) > 1:
+        diagnostics["rounds_seen"] = float(len(case.views))
+    if case.noise > 0:
+        diagnostics["chi_square"] = cost * len(case.views) / (case.noise**2 * case.count)
+    determined = unknowns <= case.count
+    spectrum = solution.linear.spectrum() if attack.spectrum else None
+    if spectrum is not None and len(spectrum.values) > 0 and float(spectrum.values[0]) > 0:
+        values, rank = spectrum.values, spectrum.rank
+        columns = len(solution.x)
+        determined = determined and rank == columns
+        diagnostics["condition"] = float(values[0] / values[min(len(values), columns) - 1].clamp_min(1e-300))
+        if isinstance(solution.point, Projected):
+            rank += solution.point.linear_rank
+            determined = determined and rank == unknowns
+        diagnostics["rank"] = float(rank)
+    if attack.spectrum and isinstance(solution.linear, MatrixFreeLinear):
+        largest, smallest = solution.linear.extremes
+        if smallest > 0:
+            diagnostics["condition_at_least"] = largest / smallest
+    diagnostics["certified"] = float(cost <= attack.certified and determined)
+    found = problem.estimate(guess)
+    return Reconstruction(
+        images=found["images"].clamp(0.0, 1.0).nan_to_num(0.5).float(),
+        labels=found.get("labels"),
+        timesteps=found.get("timesteps"),
+        noise=found["noise"].nan_to_num(0.0) if "noise" in found else None,
+        losses=(*solution.costs, cost),
+        steps=trials,
+        seconds=perf_counter() - case.begun,
+        diagnostics=diagnostics,
+    )
