@@ -78,19 +78,25 @@ class Point(Protocol):
 
 
 # ---------------------------------------------------------------------------------------------------- the search
-@dataclass(frozen=True)
-class Solution:
-    """Where a search ended: x, the point and the linear model there, ‖ρ‖² along the way, and why it ended.
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """Where a search ended: x, ‖ρ‖² along the way, and why it ended.
 
     searches: how many there were where this is the best of several; costs are then those of all of them, one after another.
     """
 
     x: Tensor
-    point: Point
-    linear: Linear
     costs: tuple[float, ...]
     reason: str
     searches: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution(End):
+    """Where a search by Levenberg-Marquardt ended, with the point and the linear model there."""
+
+    point: Point
+    linear: Linear
 
 
 def levenberg_marquardt(

@@ -76,6 +76,10 @@ def total_variation(images: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------- the problem
+SLOW = 10
+"""Outer steps of L-BFGS after which it is seen how much they gained."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One update to be explained: the observed (pseudo-)gradient, what is known, what is unknown.
@@ -315,13 +319,15 @@ def lbfgs(
     inner: int = 20,
     line_search: bool = True,
     success: float = 0.0,
+    falling: float = 0.0,
     progress: Progress = silent,
 ) -> Match:
     """L-BFGS, one restart after another, until one of them ends below `success` times the distance of a zero update.
 
     `iterations` counts outer steps of up to `inner` L-BFGS steps each, as DLG does. A restart that turns non-finite or
-    stands still is given up. Inside, the loss is scaled so that a zero update costs 1e6: torch's L-BFGS learns no
-    curvature from steps with yᵀs below the absolute 1e-10, and would stand still around a relative distance of 1e-8.
+    stands still is given up, and one whose last ten steps did not lower the distance by the share `falling`. Inside, the loss
+    is scaled so that a zero update costs 1e6: torch's L-BFGS learns no curvature from steps with yᵀs below the absolute
+    1e-10, and would stand still around a relative distance of 1e-8.
     """
     losses_of = objective(problem, distance)
     silence = silence_cost(problem, distance)
@@ -345,7 +351,8 @@ def lbfgs(
             loss = float(before) / scale
             history.append(loss)
             progress(restart * iterations + iteration + 1, restarts * iterations, loss)
-            if loss <= success * silence or not _moving(history):
+            slow = falling > 0 and len(history) > SLOW and history[-1] > (1.0 - falling) * history[-1 - SLOW]
+            if loss <= success * silence or slow or not _moving(history):
                 break
         history.append(float(losses_of(guess).detach()))
         ends.append({name: value.detach() for name, value in guess.items()})

@@ -155,6 +155,7 @@ def _search_images(case: Case) -> Reconstruction:
     sharp = bool(kinks(problem.model))
     widths = SMOOTHING if sharp and attack.smoothing_iterations > 0 else ()
     lone = len(case.views) == 1 and problem.steps == [list(range(variable.shape[0]))] and case.noise == 0
+    descending = case.descending and not sharp
     switching = sharp and lone and attack.switching_iterations > 0
     if case.first is not None and widths:
         starts[1:2] = starts[0]  # first as it is, for strong smoothing leads away from it, then slightly smoothed
@@ -201,6 +202,8 @@ def _search_images(case: Case) -> Reconstruction:
         first: tuple[float, ...] = ()
         trials: list[float] = []
         spread = spreads(problem.model, problem.sent, start.reshape(variable.shape)) if widths else {}
+        if descending:
+            start = case.descend({"images": start.reshape(variable.shape)}, attack.descent_iterations).x
         for width in widths if case.first is None or number > 1 else (widths[SLIGHT:] if number else ()):
             brief = replace(attack, iterations=attack.smoothing_iterations, tolerance=SMOOTHED)
             views = [_smoothed(view, {name: width * size for name, size in spread.items()}) for view in layered]
@@ -234,7 +237,7 @@ def _search_images(case: Case) -> Reconstruction:
             best = min(best, found, key=lambda end: case.cost(finish(end)))
         return replace(best, costs=(*first, *trials), searches=searches)
 
-    extra = len(widths) * attack.smoothing_iterations + (2 * ROUNDS * attack.switching_iterations if switching else 0)
+    extra = len(widths) * attack.smoothing_iterations + 2 * ROUNDS * attack.switching_iterations * switching
     return multistart(case, solve, starts, finish, unknowns, extra)
 
 

@@ -4,7 +4,7 @@ Source: variable projection, see `attacks.second_order`; ours, that a diffusion 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -12,10 +12,21 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp
 
-from attacks.least_squares import Formed, Latest, Point, Projected, ProjectedFree, Solution
-from attacks.matching import Problem
+from attacks.least_squares import End, Formed, Latest, Point, Projected, ProjectedFree, Solution
+from attacks.matching import Problem, silence_cost, squared_l2
 from attacks.noise import differences, variation_slopes
-from attacks.second_order_search import EQUATIONS, Case, Told, View, chunk_of, later, multistart, searched, squared
+from attacks.second_order_search import (
+    EQUATIONS,
+    Case,
+    Told,
+    View,
+    chunk_of,
+    later,
+    multistart,
+    searched,
+    squared,
+)
+from attacks.translations import Translating
 from fedattack.errors import NotApplicable
 from fedattack.jacobians import by_rows
 from fedattack.tasks import Diffusion, bind
@@ -27,6 +38,12 @@ projected out of a noisy update."""
 
 PROJECTED = 512
 """Pixels beyond which unknown noise is projected out by conjugate gradients."""
+
+NEAR = 1e-3
+"""A descent has come near a solution where its relative cost falls below this: others end at 0.01 to 0.2."""
+
+DESCENT, CLOSE, FALLING = 5, 1e-5, 0.1
+"""A descent has so many times the option's steps; it ends below this cost, or where ten steps do not lower it by this share."""
 
 REWEIGHTINGS = 2
 """How often the quadratic bound on total variation is renewed where noise is projected out."""
@@ -53,7 +70,6 @@ def search_noisy(case: Case) -> Reconstruction:
     alpha_bar = task.alphas_cumprod.to(timesteps.device)[timesteps].to(problem.dtype).reshape(-1, 1, 1, 1)
     signal, spread = alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
     starts = case.starts()
-    noisy = signal * (2.0 * starts["images"] - 1.0) + spread * starts["noise"]
     dense = pixels <= min(attack.dense_limit, PROJECTED)
     whole = case.views[0]
     kept = attack.kept(2 * pixels)
@@ -130,10 +146,11 @@ def search_noisy(case: Case) -> Reconstruction:
         return torch.cat([solution.x, solution.point.linear_unknowns])
 
     def solve(number: int, start: Tensor, told: Told) -> Solution:
-        slopes = torch.full_like(differences(start.reshape(shape)), 1.0 / case.difference)
+        x, near = start[:pixels], start[pixels:]
+        slopes = torch.full_like(differences(x.reshape(shape)), 1.0 / case.difference)
         costs: tuple[float, ...] = ()
         for _ in range(1 + REWEIGHTINGS):
-            latest = Latest(torch.zeros_like(start))
+            latest = Latest(near)
             at = dense_at(slopes) if dense else free_at(slopes, latest)
 
             def put(z: Tensor, latest: Latest = latest) -> Tensor:  # noisy images and residuals, one behind the other
@@ -150,12 +167,64 @@ def search_noisy(case: Case) -> Reconstruction:
             def close_cost(z: Tensor, at: Callable[[Tensor], Point] = at) -> float:
                 return squared(at(put(z)).residual)
 
-            begin = torch.cat([start, latest.y])
-            solution = case.translating(search, unknown, finish, rough_cost, close_cost).search_from(begin)
+            translating = case.translating(search, unknown, finish, rough_cost, close_cost)
+            solution = translating.search_from(torch.cat([x, near]))
             costs += solution.costs
             if case.prior == 0 or not math.isfinite(solution.costs[-1]):
                 break
-            start, slopes = solution.x, variation_slopes(finish(solution)["images"], case.difference)
+            x, slopes = solution.x, variation_slopes(finish(solution)["images"], case.difference)
         return replace(solution, costs=costs)
 
-    return multistart(case, solve, noisy.reshape(attack.restarts, -1), finish, 2 * pixels)
+    def begin(guess: Mapping[str, Tensor]) -> Tensor:
+        """Noisy images and residuals behind images and noise, the inverse of `private`."""
+        images, noise = guess["images"].reshape(shape), guess["noise"].reshape(shape)
+        x = signal * (2.0 * images - 1.0) + spread * noise
+        target = noise if task.prediction_type == "epsilon" else signal * noise - spread * (2.0 * images - 1.0)
+        with torch.no_grad():
+            return torch.cat([x.reshape(-1), (predict(problem, {}, x) - target).reshape(-1)])
+
+    def promising() -> Iterator[Tensor]:
+        """Starts that L-BFGS brought near, one after another; where there is no other left, the rest, the nearest first."""
+        rest: list[tuple[float, Tensor]] = []
+        for number in range(attack.restarts):
+            found = _approached(case, {name: tensor[number] for name, tensor in starts.items()})
+            here = begin(_split(found.x, shape))
+            if found.costs[-1] < NEAR:
+                yield here
+            else:
+                rest.append((found.costs[-1], here))
+        yield from (here for _, here in sorted(rest, key=lambda pair: pair[0]))
+
+    if case.descending:
+        return multistart(case, solve, promising(), finish, 2 * pixels)
+    away = torch.zeros(pixels, dtype=problem.dtype, device=signal.device)
+    plain = (signal * (2.0 * images - 1.0) + spread * noise for images, noise in zip(*starts.values(), strict=True))
+    return multistart(case, solve, (torch.cat([x.reshape(-1), away]) for x in plain), finish, 2 * pixels)
+
+
+def _approached(case: Case, start: Mapping[str, Tensor]) -> End:
+    """The best of descents from a start and from where they end with an image moved; x: images, then noise."""
+    problem, shape = case.views[0].problem, case.views[0].problem.unknown["images"].shape
+    silence = silence_cost(problem, squared_l2)
+
+    def cost(place: Tensor) -> float:
+        with torch.no_grad():
+            return float(squared_l2(problem.simulated(_split(place, shape)), problem.observed)) / silence
+
+    return Translating(
+        search=lambda place, done: case.descend(
+            _split(place, shape), DESCENT * case.attack.descent_iterations, CLOSE, FALLING
+        ),
+        unknown=lambda end: end.x,
+        shape=shape,
+        verdict=lambda end: end.costs[-1],
+        rough_cost=cost,
+        close_cost=cost,
+        success=NEAR,
+        most=case.attack.translations,
+    ).search_from(torch.cat([start[name].reshape(-1) for name in ("images", "noise")]))
+
+
+def _split(place: Tensor, shape: Sequence[int]) -> dict[str, Tensor]:
+    images, noise = place.reshape(2, *shape)
+    return {"images": images, "noise": noise}

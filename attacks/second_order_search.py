@@ -4,8 +4,8 @@ The searches: `attacks.second_order` where the images alone are unknown, `attack
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from attacks.equations import Equations
 from attacks.least_squares import (
+    End,
     MatrixFree,
     MatrixFreeLinear,
     Point,
@@ -21,7 +22,7 @@ from attacks.least_squares import (
     Solution,
     levenberg_marquardt,
 )
-from attacks.matching import Problem, check_options, pose
+from attacks.matching import Problem, check_options, lbfgs, pose, silence_cost, squared_l2
 from attacks.noise import noise_level
 from attacks.starting import random_start
 from attacks.translations import Translating
@@ -55,6 +56,9 @@ class Options:
     kept for each unknown in the Jacobians that precondition the steps, 0 for all, never fewer than 4,096 (with unknown noise in
     at most 512 pixels the search itself keeps four times as many: with fewer, most get stuck). dense_limit: unknown pixels
     beyond which no Jacobian is formed and each step takes up to `inner_steps` plain conjugate gradients.
+    descent_iterations: outer steps of L-BFGS (up to 20 steps each, as in DLG) by which each start is brought near before the
+    search, where the update is clean and the model has no ReLUs; where noise is unknown up to five times as many, again and
+    again with moved images; 0: none.
     smoothing_iterations: trial steps, before those on the model itself, at each of five widths of smoothed copies of a model
     whose modules include ReLUs, the gradients of which jump (always with weights "layers": deep ones need it); 0: none.
     switching_iterations: of such a model, where that did not end exactly: trial steps of each of up to 20 rounds in which the
@@ -81,6 +85,7 @@ class Options:
     sketch: float = 3.0
     dense_limit: int = 4096
     inner_steps: int = 300
+    descent_iterations: int = 20
     smoothing_iterations: int = 10
     switching_iterations: int = 12
     gates: float = 0.2
@@ -95,11 +100,9 @@ class Options:
         for what, table, got in (("box", BOXES, self.box), ("weights", WEIGHTS, self.weights)):
             if got not in table:
                 raise FedattackError(one_of(what, table, got))
-        for name in ("sigma", "prior_weight"):
+        for name in ("sigma", "prior_weight", "translations", "descent_iterations"):
             if (value := getattr(self, name)) is not None and not value >= 0:
                 raise FedattackError(must(name, "zero or positive", value))
-        if self.translations < 0:
-            raise FedattackError(must("translations", "zero or positive", self.translations))
         if not 0 < self.gates <= 1:
             raise FedattackError(must("gates", "a share above 0, at most 1", self.gates))
 
@@ -150,7 +153,7 @@ class View:
 class Case:
     """What every search needs. views: updates of the same images, noisy ones divided by their noise where there are several.
 
-    difference: the mean difference of neighbouring pixels of public images. first: images to start from.
+    difference: the mean difference of neighbouring pixels of public images. first: images to start from. descents: those made.
     """
 
     attack: Options
@@ -160,6 +163,7 @@ class Case:
     progress: Progress
     begun: float
     first: Tensor | None = None
+    descents: list[End] = field(default_factory=list)
 
     def starts(self) -> dict[str, Tensor]:
         """(restarts, …) each, the first given or all at random."""
@@ -173,7 +177,7 @@ class Case:
         finish: Callable[[Solution], dict[str, Tensor]],
         rough_cost: Callable[[Tensor], float],
         close_cost: Callable[[Tensor], float] | None = None,
-    ) -> Translating:
+    ) -> Translating[Solution]:
         """Not under noise, where a cost is no longer nearly zero or far from it."""
         return Translating(
             search=search,
@@ -203,6 +207,40 @@ class Case:
     def cost(self, guess: dict[str, Tensor]) -> float:
         """Mean over the views of the verdict."""
         return sum(self.share(view) ** 2 * view.cost(guess) for view in self.views) / len(self.views)
+
+    def tell(self, trial: int, trials: int, cost: float) -> None:
+        """Progress of a search, after the descents of all starts, as if there were one for each."""
+        each, restarts = self.attack.descent_iterations, self.attack.restarts
+        self.progress(min(len(self.descents), restarts) * each + trial, restarts * each + trials, cost)
+
+    def descend(self, start: Mapping[str, Tensor], iterations: int, success: float = 0.0, falling: float = 0.0) -> End:
+        """Where L-BFGS comes from a start: cheap far from a solution, where Jacobians soon grow old.
+
+        x: the unknowns in the order of `start`, flat. Costs are relative to that of silence. success, falling: see `lbfgs`.
+        """
+        attack, problem = self.attack, self.views[0].problem
+        whole = attack.restarts * attack.iterations
+        silence = silence_cost(problem, squared_l2)
+        match = lbfgs(
+            problem,
+            {name: tensor[None] for name, tensor in start.items()},
+            distance=squared_l2,
+            iterations=iterations,
+            success=max(success, attack.certified),
+            falling=falling,
+            progress=lambda iteration, _, loss: self.tell(
+                min(iteration, attack.descent_iterations), whole, loss / silence
+            ),
+        )
+        well = all(bool(tensor.isfinite().all()) for tensor in match.guess.values())
+        place = torch.cat([(match.guess if well else start)[name].reshape(-1) for name in start])
+        self.descents.append(End(x=place, costs=tuple(loss / silence for loss in match.losses), reason="stalled"))
+        return self.descents[-1]
+
+    @property
+    def descending(self) -> bool:
+        """Whether starts are brought near by L-BFGS first: not what another attack found, and not to fit noise."""
+        return self.attack.descent_iterations > 0 and self.first is None and self.noise == 0
 
     @property
     def count(self) -> int:
@@ -255,7 +293,7 @@ def squared(residual: Tensor) -> float:
 def multistart(
     case: Case,
     solve: Callable[[int, Tensor, Told], Solution],
-    starts: Tensor,
+    starts: Iterable[Tensor],
     finish: Callable[[Solution], dict[str, Tensor]],
     unknowns: int,
     before: int = 0,
@@ -271,7 +309,7 @@ def multistart(
 
         def told(iteration: int, cost: float, done: int = number * (before + attack.iterations)) -> None:
             here = min(iteration, before + attack.iterations)  # searches of moved images come on top
-            case.progress(done + here, len(starts) * (before + attack.iterations), cost)
+            case.tell(done + here, attack.restarts * (before + attack.iterations), cost)
 
         solution = solve(number, start, told)
         trials += len(solution.costs) - 1
@@ -286,6 +324,7 @@ def multistart(
         "iterations": float(len(solution.costs) - 1),
         "starts": float(len(ends)),
         "translations": float(sum(end[1].searches - 1 for end in ends)),
+        "descents": float(len(case.descents)),
         "starts_succeeded": float(sum(end[0] <= case.success for end in ends)),
         "equations": float(equations),
         "unknowns": float(unknowns),
@@ -318,7 +357,7 @@ def multistart(
         timesteps=found.get("timesteps"),
         noise=found["noise"].nan_to_num(0.0) if "noise" in found else None,
         losses=(*solution.costs, cost),
-        steps=trials,
+        steps=trials + sum(len(descent.costs) - 1 for descent in case.descents),
         seconds=perf_counter() - case.begun,
         diagnostics=diagnostics,
     )

@@ -12,11 +12,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from attacks.least_squares import Solution
+from attacks.least_squares import End
 
 STRIDES = (1, 2, 4, 8)
 """Pixels by which an image is moved along one axis, as far as they are at most a quarter of it, or 1."""
@@ -27,6 +28,8 @@ many moves are then looked at closely, and those are tried that multiply it by l
 
 FAILURES, GAIN = 3, 0.99
 """Given up after so many moved images in a row whose search did not end below this share of the lowest verdict."""
+
+Found = TypeVar("Found", bound=End)
 
 Move = tuple[int, int, int]
 """Which image of a batch, and by how many pixels down and right."""
@@ -56,7 +59,7 @@ def moved(images: Tensor, move: Move) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Translating:
+class Translating(Generic[Found]):
     """A search and, where it stalls, more of them from its end with one image of the batch moved.
 
     search: of one or several blocks of unknowns, each of the batch's shape (B,C,H,W), which move together; it is also told how
@@ -64,16 +67,16 @@ class Translating:
     below `success`. rough_cost, close_cost: ‖ρ‖² at a place, the second better and dearer. most: searches of moved images.
     """
 
-    search: Callable[[Tensor, int], Solution]
-    unknown: Callable[[Solution], Tensor]
+    search: Callable[[Tensor, int], Found]
+    unknown: Callable[[Found], Tensor]
     shape: Sequence[int]
-    verdict: Callable[[Solution], float]
+    verdict: Callable[[Found], float]
     rough_cost: Callable[[Tensor], float]
     close_cost: Callable[[Tensor], float]
     success: float
     most: int
 
-    def search_from(self, start: Tensor) -> Solution:
+    def search_from(self, start: Tensor) -> Found:
         """The best of all searches; its costs are theirs, one after another."""
         best = self.search(start, 0)
         lowest, trials, searches, failures = self.verdict(best), list(best.costs), 1, 0
@@ -92,7 +95,7 @@ class Translating:
                 failures += 1
         return replace(best, costs=tuple(trials), searches=searches)
 
-    def _ahead(self, found: Solution) -> list[Tensor]:
+    def _ahead(self, found: Found) -> list[Tensor]:
         """Places that are worth a search, the most promising first."""
         blocks, here, possible = self.unknown(found).reshape(-1, *self.shape), found.costs[-1], moves(self.shape)
 

@@ -50,14 +50,18 @@ def likeness(one: torch.Tensor, other: torch.Tensor) -> float:
     return float(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]).double())[0, 1])
 
 
-def test_a_search_that_stalls_on_a_moved_image_goes_on_from_where_it_belongs():
-    """Given no further searches it stays where it stalled; what it found there is the private noisy image in another place."""
+@pytest.mark.parametrize("descent", [0, 20])
+def test_a_search_that_stalls_on_a_moved_image_goes_on_from_where_it_belongs(descent):
+    """Given no further searches it stays where it stalled; what it found there is the private noisy image in another place.
+
+    With a descent before it, too.
+    """
     task, model = Diffusion(), denoiser()
     images = torch.rand((1, 2, 6, 6), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     private, update, knowledge = diffusion_update(model, task, images, [400])
 
     def search(most: int):
-        attack = SecondOrder(restarts=1, translations=most)
+        attack = SecondOrder(restarts=1, translations=most, descent_iterations=descent)
         return attack.reconstruct(update, model, task, knowledge, generator=derive_generator(0, "a"))
 
     stalled, found = search(0), search(12)
@@ -69,7 +73,9 @@ def test_a_search_that_stalls_on_a_moved_image_goes_on_from_where_it_belongs():
     torch.testing.assert_close(found.noise, private["noise"], rtol=0, atol=1e-4)
     assert found.steps > stalled.steps
     assert found.diagnostics["translations"] >= 1.0 > stalled.diagnostics["translations"] == 0.0
-    assert found.losses[: stalled.steps + 1] == stalled.losses[:-1]
+    assert stalled.diagnostics["descents"] == float(descent > 0)
+    if not descent:
+        assert found.losses[: stalled.steps + 1] == stalled.losses[:-1]
 
 
 @dataclass
