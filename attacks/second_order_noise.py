@@ -42,6 +42,9 @@ PROJECTED = 512
 NEAR = 1e-3
 """A descent has come near a solution where its relative cost falls below this: others end at 0.01 to 0.2."""
 
+SLACK = 2.0
+"""How many times as much a move may cost in a descent, whose residual is not projected anew."""
+
 DESCENT, CLOSE, FALLING = 5, 1e-5, 0.1
 """A descent has so many times the option's steps; it ends below this cost, or where ten steps do not lower it by this share."""
 
@@ -222,6 +225,7 @@ def _approached(case: Case, start: Mapping[str, Tensor]) -> End:
         close_cost=cost,
         success=NEAR,
         most=case.attack.translations,
+        slack=SLACK,
     ).search_from(torch.cat([start[name].reshape(-1) for name in ("images", "noise")]))
 
 

@@ -23,8 +23,9 @@ STRIDES = (1, 2, 4, 8)
 """Pixels by which an image is moved along one axis, as far as they are at most a quarter of it, or 1."""
 
 BLIND, SHORTLIST, NEAR = 10.0, 6, 2.0
-"""A model is nearly blind to translations where the cheapest step by one pixel multiplies the cost by less than the first. So
-many moves are then looked at closely, and those are tried that multiply it by less than the last."""
+"""A model is nearly blind to translations where the cheapest move multiplies the cost by less than the first: a U-Net of three
+levels to moves by four pixels. So many moves are then looked at closely, and those are tried that multiply it by less than the
+last."""
 
 FAILURES, GAIN = 3, 0.99
 """Given up after so many moved images in a row whose search did not end below this share of the lowest verdict."""
@@ -65,6 +66,7 @@ class Translating(Generic[Found]):
     search: of one or several blocks of unknowns, each of the batch's shape (B,C,H,W), which move together; it is also told how
     many trials were made before. unknown: these blocks of a solution, flat. verdict: what a solution is judged by, enough
     below `success`. rough_cost, close_cost: ‖ρ‖² at a place, the second better and dearer. most: searches of moved images.
+    slack: how many times as much as otherwise a move may cost.
     """
 
     search: Callable[[Tensor, int], Found]
@@ -75,6 +77,7 @@ class Translating(Generic[Found]):
     close_cost: Callable[[Tensor], float]
     success: float
     most: int
+    slack: float = 1.0
 
     def search_from(self, start: Tensor) -> Found:
         """The best of all searches; its costs are theirs, one after another."""
@@ -97,19 +100,14 @@ class Translating(Generic[Found]):
 
     def _ahead(self, found: Found) -> list[Tensor]:
         """Places that are worth a search, the most promising first."""
-        blocks, here, possible = self.unknown(found).reshape(-1, *self.shape), found.costs[-1], moves(self.shape)
+        blocks, here = self.unknown(found).reshape(-1, *self.shape), found.costs[-1]
 
-        def costs(some: Sequence[Move]) -> list[tuple[float, Tensor]]:
-            places = [torch.stack([moved(block, move) for block in blocks]).reshape(-1) for move in some]
-            return [(self.rough_cost(place), place) for place in places]
-
-        near = costs([move for move in possible if _length(move) == 1])
-        if min((cost for cost, _ in near), default=math.inf) > BLIND * here:
+        places = [torch.stack([moved(block, move) for block in blocks]).reshape(-1) for move in moves(self.shape)]
+        best = sorted(((self.rough_cost(place), place) for place in places), key=_cost)[:SHORTLIST]
+        if not best or best[0][0] > BLIND * here:
             return []
-        far = costs([move for move in possible if _length(move) > 1])
-        best = sorted([*near, *far], key=_cost)[:SHORTLIST]
         ranked = sorted(((self.close_cost(place), place) for _, place in best), key=_cost)
-        return [place for cost, place in ranked if cost < NEAR * here]
+        return [place for cost, place in ranked if cost < self.slack * NEAR * here]
 
 
 def _length(move: Move) -> int:

@@ -181,12 +181,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--attention", action="store_true", help="attention at full size")
     parser.add_argument("--training-steps", type=int, default=0, help="before the attacked round; 0: untrained")
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="float64", help="of the client's training")
-    parser.add_argument(
-        "--attack", default="second-order(restarts=16, iterations=60)", help="with options, as in a configuration"
-    )
+    parser.add_argument("--attack", default="second-order(restarts=16, iterations=60)", help="its options")
     parser.add_argument("--floor-seconds", type=float, default=60.0)
     parser.add_argument("--out", type=Path, help="a JSON line for every image")
     chosen = parser.parse_args(arguments)
+    if parse_spec(chosen.attack)[0] != "second-order":
+        parser.error('--attack takes "second-order" with its options: no other certifies itself')
     data = load_dataset(f"npz:{CIFAR}" if CIFAR.is_file() else "patches")
     part = getattr(data, chosen.split)
     everything = interpolate(data.public.images(range(len(data.public))), chosen.size, mode="area")

@@ -234,7 +234,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=5, help="batches a setting")
     parser.add_argument("--split", choices=("test", "private"), default="test")
     parser.add_argument("--baseline", action="store_true", help="idlg (and inverting-gradients) on the same updates")
-    parser.add_argument("--attack", default="second-order", help="with options, as in a configuration")
+    parser.add_argument(
+        "--attack", default="second-order", help="one of classifiers with options, as in a configuration"
+    )
     parser.add_argument("--out", type=Path, help="a JSON line for every attack on every batch")
     chosen = parser.parse_args(arguments)
     name, options = parse_spec(chosen.attack)
@@ -243,6 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = [s for s in TABLES[chosen.table] if not chosen.only or any(text in s.label for text in chosen.only)]
     if not settings:
         parser.error("--only names none of: " + "; ".join(setting.label for setting in TABLES[chosen.table]))
+    if chosen.baseline and name in ("idlg", "inverting-gradients"):
+        parser.error(f"{name} is a baseline already")
     print(HEADER, flush=True)
     with torch_threads(1):
         for setting in settings:

@@ -750,90 +750,130 @@ def test_the_page_has_the_table(campaign):
 
 
 # ------------------------------------------------------------------------------------------------ the headline's verdict
-def ranks(attack, values, kind="attack", *, pairs="given", **facts):
+def ranks(attack, values, kind="attack", *, pairs="given", control=None, **facts):
     """One row a client."""
-    found = {"people": 100, "chance_rank": 50.5, "pairs": pairs} | facts
+    found = {"people": 100, "expected_rank": [50.5], "pairs": pairs} | facts
     return [
-        told(attack, kind, identity=found | {"rank": [float(value)]}) | {"client": f"client-{number}"}
+        told(attack, kind, identity=found | {"rank": [float(value)]})
+        | {"client": f"client-{number}", "control": control}
         for number, value in enumerate(values)
     ]
 
 
+def classes(attack, hits, kind="attack", *, commonest=True, **facts):
+    facts = {"expected": [0.5], "pairs": "given"} | facts
+    return [
+        told(attack, kind, **{"attribute:male": facts | {"hit": [hit], "commonest": [commonest]}})
+        | {"client": f"client-{number}"}
+        for number, hit in enumerate(hits)
+    ]
+
+
 def verdict(*groups):
-    ((case, found),) = revealed([row for group in groups for row in group]).items()
+    ((case, (found,)),) = revealed([row for group in groups for row in group]).items()
     assert case == "c"
     return found
 
 
+NEAR, FAR = [1, 2, 1, 3, 2, 70], [55, 30, 70, 90, 20, 60]
+
+
 def test_a_person_is_told_where_ranks_beat_chance_and_every_blind_picture():
-    near, far, random = [1, 2, 1, 3, 2, 70], [55, 30, 70, 90, 20, 60], Random(0)
-    (found,) = verdict(ranks("dlg", near), ranks("mean-image", far, "baseline"))
+    found = verdict(ranks("dlg", NEAR), ranks("mean-image", FAR, "baseline"))
     assert found.told
     assert "Person: dlg puts the right person at median rank 2 of 100 (chance 50.5; 57.5 at best" in found.words
-    assert "6 clients, p = 0.031)" in found.words  # five signs of six right, the sixth the smallest: 2 of 64
-    (same,) = verdict(ranks("dlg", near), ranks("mean-image", near, "baseline"))
-    assert not same.told
+    assert (
+        "6 clients, p = 0.031)" in found.words
+    )  # of 64 signs the right ones, and all plus: the sixth gain is the smallest
+    same = verdict(ranks("dlg", NEAR), ranks("mean-image", FAR, "baseline"), ranks("noise", NEAR, "baseline"))
+    assert same.badge == "not shown"
     assert "p = 1)" in same.words
-    guesses = [[random.randint(1, 100) for _ in range(8)] for _ in range(40)]
-    lucky = sum(verdict(ranks("dlg", some))[0].told for some in guesses)
-    assert lucky <= 6  # one in twenty
+
+
+def test_a_picture_that_shows_the_commonest_person_tells_nothing():
+    """Nine in ten images show one person and every picture does: better than chance, not than a picture that knows nothing."""
+    random, claims = Random(0), 0
+    for _ in range(200):
+        common = [random.random() < 0.9 for _ in range(8)]
+        own = [1 if it else 50 for it in common]
+        blind = [rank + random.choice((0, 0, 1)) for rank in own] if random.random() < 0.5 else own
+        assert not verdict(ranks("dlg", own)).told  # without any control nothing is claimed
+        claims += verdict(
+            ranks("dlg", own), ranks("mean-image", own, "baseline"), ranks("noise", blind, "baseline")
+        ).told
+    assert claims == 0
+
+
+def test_guesses_are_rarely_told():
+    random = Random(1)
+
+    def guesses():
+        return [random.randint(1, 100) for _ in range(8)]
+
+    claims = sum(verdict(ranks("dlg", guesses()), ranks("noise", guesses(), "baseline")).told for _ in range(200))
+    assert claims <= 20
 
 
 def test_what_was_chosen_with_the_truth_is_no_control_and_gives_no_chance():
-    near, far = [1, 2, 1, 3, 2, 4], [55, 30, 70, 90, 20, 60]
-    (found,) = verdict(
-        ranks("dlg", near), ranks("nearest-public", near, "baseline"), ranks("batch-mean", near, "baseline")
-    )
+    found = verdict(
+        ranks("dlg", NEAR), ranks("nearest-public", NEAR, "baseline"), ranks("batch-mean", NEAR, "baseline"),
+        ranks("mean-image", FAR, "baseline"),
+    )  # fmt: skip
     assert found.told
-    assert revealed(ranks("dlg", near, pairs="chosen")) == {}
+    chosen = ranks("dlg", NEAR, pairs="chosen")
+    assert revealed(chosen) == {}
+    assert revealed([*chosen, *ranks("mean-image", FAR, "baseline", pairs="majority")]) == {}
     assert (
-        revealed([*ranks("dlg", near, pairs="chosen"), *ranks("mean-image", far, "baseline", pairs="majority")]) == {}
-    )
-    (found,) = verdict(ranks("dlg", near, pairs="chosen"), ranks("noise", far, "baseline", pairs="chosen"))
+        revealed([*chosen, *ranks("mean-image", FAR, "baseline", pairs="chosen")]) == {}
+    )  # as good whatever it is paired with
+    found = verdict(chosen, ranks("gg-cdm", FAR, "baseline", pairs="chosen", control="prior-alone"))
     assert found.told
     assert "chance" not in found.words
 
 
-def test_a_client_counts_once_however_many_pictures_it_sent_and_attacks_pay_for_each_other():
-    near = [1, 2, 1, 3, 2]
-    rounds = [row | {"round": number} for number in range(3) for row in ranks("dlg", near)]
-    (found,) = verdict(rounds)
-    assert "5 clients, p = 0.031)" in found.words
-    (found,) = verdict(rounds, ranks("idlg", near))
-    assert "p = 0.062 for 2 attacks" in found.words
-    assert not found.told
-    (found,) = verdict(ranks("dlg", [1]))
-    assert not found.told
-    assert "1 client, p = 0.5)" in found.words
-
-
-def test_a_class_must_beat_the_commonest_one():
-    def rows(attack, hits, kind="attack", **facts):
-        facts = {"commonest": [True], "expected": [0.5], "pairs": "given", "learned": True} | facts
-        return [
-            told(attack, kind, **{"attribute:male": facts | {"hit": [hit]}}) | {"client": f"client-{number}"}
-            for number, hit in enumerate(hits)
-        ]
-
-    (found,) = verdict(rows("dlg", [True] * 8))
-    assert not found.told
-    assert (
-        "Male: the most telling attack, dlg, shows the right one in 100 % (chance 100 %; 8 clients, p = 1)"
-        in found.words
-    )
-    assert "the update tells without a picture" in found.words
-    (found,) = verdict(rows("dlg", [True] * 8, commonest=[False]), rows("noise", [False] * 8, "baseline"))
+def test_a_client_counts_once_whatever_it_sent_and_attacks_pay_for_each_other():
+    near, blind = [1, 2, 1, 3, 2], ranks("noise", [60, 50, 70, 80, 90], "baseline")
+    rounds = [row | {"round": n, "federation": f"f{n}"} for n in range(3) for row in ranks("dlg", near)]
+    found = verdict(rounds, blind)
     assert found.told
+    assert "5 clients, p = 0.031)" in found.words
+    found = verdict(rounds, ranks("idlg", near), blind)
+    assert (found.badge, "p = 0.062 for 2 attacks" in found.words) == ("too few clients", True)
+    found = verdict(ranks("dlg", [1]), blind)
+    assert (found.badge, "1 client, p = 0.5)" in found.words) == ("too few clients", True)
+
+
+def test_a_class_must_beat_the_commonest_one_and_chance():
+    blind = classes("noise", [False, True] * 8, "baseline")
+    found = verdict(classes("dlg", [True] * 16), blind)
+    assert found.badge == "not shown"
+    assert "Male: the most telling attack, dlg, shows the right one in 100 % (chance 100 %; 50 % at best" in found.words
+    balanced = [row for half in (True, False) for row in classes("dlg", [True] * 16, commonest=half)]
+    found = verdict(balanced, blind)
+    assert found.told
+    assert "100 % (16 of 16)" not in found.words
+    assert "(chance 50 %; 50 % at best in pictures made without this update; 16 clients, p = 0.004" in found.words
     assert revealed([told("dlg", face={"hit": [True], "chance": 0.005})]) == {}
-    noisy = [row | {"defense": "gaussian-noise(sigma=0.1)"} for row in rows("dlg", [True])]
-    (found,) = verdict(noisy)
-    assert found.words.startswith("Male, gaussian-noise σ=0.1: ")
+    noisy = [row | {"defense": "gaussian-noise(sigma=0.1)"} for row in classes("dlg", [True])]
+    assert verdict(noisy).words.startswith("Male, gaussian-noise σ=0.1: ")
+
+
+def test_labels_that_were_given_are_not_told_by_pictures():
+    blind = classes("noise", [False] * 8, "baseline", commonest=False)
+    known = [row | {"oracles": ["labels"]} for row in classes("dlg", [True] * 8, commonest=False, learned=True)]
+    found = verdict(known, blind)
+    assert not found.told
+    assert "it was given the labels, which say so" in found.words
+    found = verdict(classes("dlg", [True] * 8, commonest=False, learned=True), blind)
+    assert found.told
+    assert "the update tells without a picture" in found.words
+    found = verdict([row | {"oracles": ["noise"]} for row in ranks("dlg", NEAR)], ranks("noise", FAR, "baseline"))
+    assert "it was given what a real server does not have: noise" in found.words
 
 
 def test_the_headline_says_what_is_told(tmp_path):
-    near = [1, 2, 1, 3, 2, 4]
-    lines = [json.dumps(row | {"psnr_db": [12.0]}) for row in ranks("dlg", near)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    rows = [*ranks("dlg", NEAR), *ranks("mean-image", FAR, "baseline")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row | {"psnr_db": [12.0]}) for row in rows))
     page = build_report(tmp_path).read_text()
     assert '<span class="badge v-recognisable">told</span> Person: dlg puts the right person' in page
     assert "paired permutation test" in page

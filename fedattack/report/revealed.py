@@ -1,15 +1,16 @@
 """Whether pictures tell more of a person than pictures that were made without the client's update: words for the headline.
 
-Every attack is compared, client by client, with everything beside it that had not seen the update: controls, the mean image,
-noise, and chance. Baselines that were chosen with the truth do not count; pairs that were count only where both sides had that
-help.
+Every attack is compared, client by client, with everything beside it that had not seen the update (controls, the mean image,
+noise), and with chance; without any of the former nothing is claimed, since a picture that always shows the commonest person
+beats chance. Baselines that were chosen with the truth do not count. Where pairs were chosen with the truth, only controls do:
+they draw as varied pictures as the attack.
 """
 
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fedattack.report.recognition import Facts, figure, identified, tasks_of
+from fedattack.report.recognition import figure, identified, tasks_of
 from fedattack.report.summary import (
     BATCH_MEAN,
     Row,
@@ -20,6 +21,7 @@ from fedattack.report.summary import (
     defense_of,
     is_baseline,
     is_ok,
+    names,
     number,
     text,
 )
@@ -33,20 +35,26 @@ RESAMPLES = 9999
 SEES_TRUTH = ("nearest-public", BATCH_MEAN)
 """Baselines that look at the true images."""
 
-Client = tuple[str, str]
-
 
 @dataclass(frozen=True, slots=True)
 class Revealed:
-    """One thing that was looked for under one defense. told: some attack's pictures told it. words: the sentence."""
+    """One thing that was looked for under one defense. badge: "told", "not shown" or "too few clients"; words: the sentence."""
 
-    told: bool
+    badge: str
     words: str
+
+    @property
+    def told(self) -> bool:
+        return self.badge == "told"
 
 
 @dataclass(frozen=True, slots=True)
 class _Tried:
-    """One attack. value: median rank, or share of hits; p: the largest over everything that it was compared with."""
+    """One attack. value: median rank, or share of hits; p: the largest over everything that it was compared with.
+
+    blind: the best of what had not seen the update, None if there is none; chance: of these very pictures. given: whether the
+    attack knew the labels that the federation learns, which are what was looked for.
+    """
 
     attack: str
     value: float
@@ -55,6 +63,8 @@ class _Tried:
     blind: float | None
     chance: float | None
     learned: bool
+    given: bool
+    oracles: tuple[str, ...]
 
 
 def revealed(rows: Sequence[Row]) -> dict[str, list[Revealed]]:
@@ -73,7 +83,7 @@ def revealed(rows: Sequence[Row]) -> dict[str, list[Revealed]]:
         blind = [
             (pairs, group)
             for (base, _, pairs), group in groups.items()
-            if base and text(group[0], "attack") not in SEES_TRUTH
+            if base and text(group[0], "attack") not in SEES_TRUTH and (pairs != "chosen" or text(group[0], "control"))
         ]
         tried = [
             result
@@ -96,51 +106,38 @@ def _looked_for(rows: Iterable[Row]) -> list[tuple[str, str, str]]:
 
 def _tried(task: str, attack: str, pairs: str, group: Sequence[Row], blind: Sequence[Sequence[Row]]) -> _Tried | None:
     """None where there is nothing to compare with."""
-    ranked, own = identified(task), _by_client(task, group)
-    rivals = [_by_client(task, other) for other in blind]
-    expected = {} if pairs == "chosen" else _by_client(task, group, chance=True)
-    shares = [
-        _p_value([(own[client], rival[client]) for client in own if client in rival], ranked)
-        for rival in (*rivals, expected)
-        if any(client in rival for client in own)
-    ]
-    if not shares:
+    ranked = identified(task)
+    found, chances = ("rank", ("expected_rank",)) if ranked else ("hit", ("expected", "commonest"))
+    own = _by_client(task, found, group)
+    rivals = [rival for other in blind if (rival := _by_client(task, found, other))]
+    lucky = [] if pairs == "chosen" else [rival for field in chances if (rival := _by_client(task, field, group))]
+    shared = [[(own[client], rival[client]) for client in own if client in rival] for rival in (*rivals, *lucky)]
+    if not any(shared):
         return None
-    middles = [
-        statistics.median(rival.values()) if ranked else statistics.fmean(rival.values()) for rival in rivals if rival
-    ]
     combine = statistics.median if ranked else statistics.fmean
+    best = min if ranked else max
+    oracles = tuple(sorted({name for row in group for name in names(row, "oracles")}))
+    learned = any(tasks_of(row)[task].get("learned") is True for row in group)
     return _Tried(
         attack=attack,
         value=combine(own.values()),
-        p=max(shares),
-        clients=len(own),
-        blind=(min(middles) if ranked else max(middles)) if middles else None,
-        chance=combine(expected.values()) if expected else None,
-        learned=any(tasks_of(row)[task].get("learned") is True for row in group),
+        p=max(_p_value(some, ranked) for some in shared if some),
+        clients=min(len(some) for some in shared if some),
+        blind=best(combine(rival.values()) for rival in rivals) if rivals else None,
+        chance=best(combine(rival.values()) for rival in lucky) if lucky else None,
+        learned=learned,
+        given=learned and "labels" in oracles,
+        oracles=oracles,
     )
 
 
-def _by_client(task: str, group: Iterable[Row], *, chance: bool = False) -> dict[Client, float]:
-    """Median rank or share of hits of all of a client's pictures, or what chance gives for the same pictures."""
-    values: dict[Client, list[float]] = {}
+def _by_client(task: str, field: str, group: Iterable[Row]) -> dict[str, float]:
+    """Median rank or share of all of a client's pictures, of all rounds and seeds: its people are the same."""
+    values: dict[str, list[float]] = {}
     for row in group:
-        facts = tasks_of(row)[task]
-        some = (
-            _chances(facts, identified(task)) if chance else _numbers(facts.get("rank" if identified(task) else "hit"))
-        )
-        values.setdefault((text(row, "federation"), text(row, "client")), []).extend(some)
+        values.setdefault(text(row, "client"), []).extend(_numbers(tasks_of(row)[task].get(field)))
     combine = statistics.median if identified(task) else statistics.fmean
     return {client: combine(some) for client, some in values.items() if some}
-
-
-def _chances(facts: Facts, ranked: bool) -> list[float]:
-    """For a class the better of chance and of always naming the commonest one."""
-    if ranked:
-        fixed = number(facts.get("chance_rank"))
-        return _numbers(facts.get("expected_rank")) or ([] if fixed is None else [fixed])
-    expected, commonest = _numbers(facts.get("expected")), _numbers(facts.get("commonest"))
-    return max(expected, commonest, key=lambda some: statistics.fmean(some) if some else -1.0)
 
 
 def _numbers(values: object) -> list[float]:
@@ -176,7 +173,15 @@ def _sentence(task: str, defense: str, tried: Sequence[_Tried], rows: Sequence[R
     ranked = identified(task)
     best = min(tried, key=lambda one: (one.p, one.value if ranked else -one.value))
     p = min(1.0, best.p * len(tried))
-    told = p <= SIGNIFICANT
+    ahead = best.blind is not None and all(
+        (best.value < rival if ranked else best.value > rival)
+        for rival in (best.blind, best.chance)
+        if rival is not None
+    )
+    if p <= SIGNIFICANT and ahead and not best.given:
+        badge = "told"
+    else:
+        badge = "too few clients" if len(tried) * 0.5**best.clients > SIGNIFICANT else "not shown"
     what = ("Person" if task in ("identity", "identity:identity") else task.partition(":")[2].capitalize()) + (
         "" if defense == "none" else f", {defense_label(defense)}"
     )
@@ -184,6 +189,8 @@ def _sentence(task: str, defense: str, tried: Sequence[_Tried], rows: Sequence[R
     beside = [f"chance {figure(best.chance, not ranked)}"] if best.chance is not None else []
     if best.blind is not None:
         beside.append(f"{figure(best.blind, not ranked)} at best in pictures made without this update")
+    else:
+        beside.append("no picture beside it that was made without this update")
     beside.append(
         f"{count(best.clients, 'client')}, p = {_p_text(p)}" + (f" for {len(tried)} attacks" if len(tried) > 1 else "")
     )
@@ -192,11 +199,15 @@ def _sentence(task: str, defense: str, tried: Sequence[_Tried], rows: Sequence[R
         if ranked
         else f"shows the right one in {figure(best.value, True)}"
     )
-    who = best.attack if told else f"the most telling attack, {best.attack},"
+    who = best.attack if badge == "told" else f"the most telling attack, {best.attack},"
     words = f"{what}: {who} {place} ({'; '.join(beside)})"
-    if best.learned:
+    if best.given:
+        words += "; it was given the labels, which say so"
+    elif best.learned:
         words += "; it is what the federation learns, which the update tells without a picture"
-    return Revealed(told, words + ".")
+    if best.oracles and not best.given:
+        words += f"; it was given what a real server does not have: {', '.join(best.oracles)}"
+    return Revealed(badge, words + ".")
 
 
 def _p_text(p: float) -> str:

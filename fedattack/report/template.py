@@ -175,7 +175,7 @@ reaches <strong>{{ best.psnr_db.mean|db }} dB</strong> on average over {{ best.i
 {% if best.floor and best.floor.sigma %} Noise of σ ≥ {{ best.floor.sigma|small }} on every coordinate, {{ best.floor.share|small }} of the update's root mean square, would keep \
 every unbiased attack below {{ best.floor.target_db|db(0) }} dB.{% endif %}</p>
 {% for thing in revealed.get(line.case, []) %}
-<p><span class="badge v-{{ "recognisable" if thing.told else "undecided" }}">{{ "told" if thing.told else "not shown" }}</span> {{ thing.words }}</p>
+<p><span class="badge v-{{ "recognisable" if thing.told else "undecided" }}">{{ thing.badge }}</span> {{ thing.words }}</p>
 {% endfor %}
 {% else %}
 <p class="say"><span class="badge v-undecided">no result</span> No attack gave a picture: see <a href="#failures">{{ titles.failures }}</a>.</p>
@@ -210,7 +210,7 @@ every unbiased attack below {{ best.floor.target_db|db(0) }} dB.{% endif %}</p>
 word that at least half of its images reach. PSNR has peak 1; {{ cap_db|db(0) }} dB means identical. Averages are over all images, and the
 best attack is the one with the highest average. The words follow PSNR alone: a noisy picture with a low
 PSNR may still be recognisable to a person, so look at the pictures.{% if revealed %} What they say of a person is tested by itself: <b>told</b> where an attack's pictures name the right person or class
-better than chance and than every picture beside them that was made without this update, by a paired permutation test over clients (p ≤ {{ significant }}, times the number of attacks).{% endif %} A weak result is a fact about these attacks, no proof of safety.
+better than chance and than every picture beside them that was made without this update, by a paired permutation test over clients (p ≤ {{ significant }}, times the number of attacks; each case, defense and thing by itself).{% endif %} A weak result is a fact about these attacks, no proof of safety.
 The <b>floor</b> (Cramér-Rao) is the PSNR that the noise on the update, or else its rounding, leaves to the best unbiased attack without a prior. “≤” marks one that was
 not computed to the end, so that the true one is lower; “not identifiable” counts image directions that the update does not tell at all. A prior, and the range
 [0, 1], may beat a floor that lies near the baselines.</p>

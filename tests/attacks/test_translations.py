@@ -139,7 +139,6 @@ def test_it_gives_up_after_three_searches_that_gained_nothing(landscape):
 @pytest.mark.parametrize(
     ("costs", "reason", "most"),
     [
-        pytest.param({(0, 0): 1.0, (0, 1): 10.1, (2, 0): 0.5}, "stalled", 12, id="not blind"),
         pytest.param({(0, 0): 1.0, (0, 1): 2.1}, "stalled", 12, id="none near enough"),
         pytest.param({(0, 0): 1.0, (0, 1): 0.5}, "iterations", 12, id="not at its end"),
         pytest.param({(0, 0): 0.1, (0, 1): 0.01}, "stalled", 12, id="exact"),
@@ -150,6 +149,33 @@ def test_it_gives_up_after_three_searches_that_gained_nothing(landscape):
 def test_where_moving_makes_no_sense_nothing_is_moved(landscape, costs, reason, most):
     there = landscape(costs, reason=reason)
     assert there.run(most).searches == len(there.starts) == 1
+
+
+def test_a_model_that_sees_every_move_is_not_asked_closely():
+    """The dear cost is spared where even the cheapest move multiplies the rough one by more than ten; any stride may be it."""
+
+    def search(x: torch.Tensor, done: int) -> Solution:
+        return Solution(x=x, point=None, linear=None, costs=(1.0,), reason="stalled")
+
+    def ahead(rough):
+        asked: list[torch.Tensor] = []
+        there = Translating(
+            search,
+            lambda end: end.x,
+            (1, 1, 8, 8),
+            lambda end: 1.0,
+            rough,
+            lambda x: float(asked.append(x) or 1.0),
+            0.1,
+            1,
+        )
+        there.search_from(start)
+        return asked
+
+    start = torch.rand((1, 1, 8, 8), generator=torch.Generator().manual_seed(0)).reshape(-1)
+    assert ahead(lambda x: 10.1) == []
+    by_two = moved(start.reshape(1, 1, 8, 8), (0, 2, 0)).reshape(-1)
+    assert len(ahead(lambda x: 0.5 if torch.equal(x, by_two) else 10.1)) == translations.SHORTLIST
 
 
 def test_one_image_of_a_batch_is_moved_and_its_blocks_together(random_images):
