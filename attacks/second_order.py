@@ -5,7 +5,7 @@ projection: Golub and Pereyra, SIAM J. Numer. Anal. 10 (1973), with Kaufman's Ja
 Differs from it: the unknowns are private images and the equations the client's gradient, one for each weight. A
 diffusion client's gradient g = (2/m)·J(x_t)ᵀ·r is linear in the residual r = model(x_t, t) − target, so the unknown noise
 is solved for and only the noisy image x_t is searched. Steps are those of all equations, by conjugate gradients; a Jacobian
-of a random sketch, a few equations for each unknown, is formed now and then and preconditions them.
+of a random sketch, a few equations for each unknown, is formed now and then and preconditions them. L-BFGS brings starts near.
 """
 
 import math
@@ -155,7 +155,6 @@ def _search_images(case: Case) -> Reconstruction:
     sharp = bool(kinks(problem.model))
     widths = SMOOTHING if sharp and attack.smoothing_iterations > 0 else ()
     lone = len(case.views) == 1 and problem.steps == [list(range(variable.shape[0]))] and case.noise == 0
-    descending = case.descending and not sharp
     switching = sharp and lone and attack.switching_iterations > 0
     if case.first is not None and widths:
         starts[1:2] = starts[0]  # first as it is, for strong smoothing leads away from it, then slightly smoothed
@@ -202,8 +201,9 @@ def _search_images(case: Case) -> Reconstruction:
         first: tuple[float, ...] = ()
         trials: list[float] = []
         spread = spreads(problem.model, problem.sent, start.reshape(variable.shape)) if widths else {}
-        if descending:
+        if case.descending:
             start = case.descend({"images": start.reshape(variable.shape)}, attack.descent_iterations).x
+            start = start if box is None else start.clamp(*box)
         for width in widths if case.first is None or number > 1 else (widths[SLIGHT:] if number else ()):
             brief = replace(attack, iterations=attack.smoothing_iterations, tolerance=SMOOTHED)
             views = [_smoothed(view, {name: width * size for name, size in spread.items()}) for view in layered]

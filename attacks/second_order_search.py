@@ -24,6 +24,7 @@ from attacks.least_squares import (
 )
 from attacks.matching import Problem, check_options, lbfgs, pose, silence_cost, squared_l2
 from attacks.noise import noise_level
+from attacks.smoothing import kinks
 from attacks.starting import random_start
 from attacks.translations import Translating
 from fedattack.errors import FedattackError, must, one_of
@@ -57,15 +58,16 @@ class Options:
     at most 512 pixels the search itself keeps four times as many: with fewer, most get stuck). dense_limit: unknown pixels
     beyond which no Jacobian is formed and each step takes up to `inner_steps` plain conjugate gradients.
     descent_iterations: outer steps of L-BFGS (up to 20 steps each, as in DLG) by which each start is brought near before the
-    search, where the update is clean and the model has no ReLUs; where noise is unknown up to five times as many, again and
-    again with moved images; 0: none.
+    search: of one clean update of a model without ReLUs, from random starts. Where noise is unknown up to five times as many,
+    again and again with moved images, and starts that come near are searched first. They count as `steps`, not among `losses`;
+    0: none.
     smoothing_iterations: trial steps, before those on the model itself, at each of five widths of smoothed copies of a model
     whose modules include ReLUs, the gradients of which jump (always with weights "layers": deep ones need it); 0: none.
     switching_iterations: of such a model, where that did not end exactly: trial steps of each of up to 20 rounds in which the
     on or off of the units nearest to their kinks, a share `gates` of all, is unknown beside the images (see
     attacks/switching.py); 0: none. For one clean update of one step on all images.
-    translations: where a search of a clean update has stalled: further searches, at most, of as many iterations each, from its
-    end with one image moved by a few pixels (see attacks/translations.py); 0: none.
+    translations: where a search or a descent of a clean update has stalled: further ones, at most, each as long, from its end
+    with one image moved by a few pixels (see attacks/translations.py); 0: none.
     spectrum: whether rank and condition number are computed at the end (beyond dense_limit only a lower bound of the condition
     number, from the conjugate gradients).
 
@@ -149,11 +151,12 @@ class View:
             return squared(self.verdict.left(self.problem.simulated(guess)) - self.verdict.wanted)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Case:
     """What every search needs. views: updates of the same images, noisy ones divided by their noise where there are several.
 
-    difference: the mean difference of neighbouring pixels of public images. first: images to start from. descents: those made.
+    difference: the mean difference of neighbouring pixels of public images. first: images to start from. descents: the
+    steps of each that was made. highest: the progress that was told last.
     """
 
     attack: Options
@@ -163,7 +166,8 @@ class Case:
     progress: Progress
     begun: float
     first: Tensor | None = None
-    descents: list[End] = field(default_factory=list)
+    descents: list[int] = field(default_factory=list)
+    highest: int = 0
 
     def starts(self) -> dict[str, Tensor]:
         """(restarts, …) each, the first given or all at random."""
@@ -208,19 +212,25 @@ class Case:
         """Mean over the views of the verdict."""
         return sum(self.share(view) ** 2 * view.cost(guess) for view in self.views) / len(self.views)
 
-    def tell(self, trial: int, trials: int, cost: float) -> None:
-        """Progress of a search, after the descents of all starts, as if there were one for each."""
-        each, restarts = self.attack.descent_iterations, self.attack.restarts
-        self.progress(min(len(self.descents), restarts) * each + trial, restarts * each + trials, cost)
+    def tell(self, done: int, before: int, cost: float) -> None:
+        """Progress, never backwards: first a descent's steps for each start, then its trials and `before` more."""
+        each = self.attack.descent_iterations + before + self.attack.iterations
+        self.highest = min(self.attack.restarts * each, max(self.highest, done))
+        self.progress(self.highest, self.attack.restarts * each, cost)
 
     def descend(self, start: Mapping[str, Tensor], iterations: int, success: float = 0.0, falling: float = 0.0) -> End:
         """Where L-BFGS comes from a start: cheap far from a solution, where Jacobians soon grow old.
 
-        x: the unknowns in the order of `start`, flat. Costs are relative to that of silence. success, falling: see `lbfgs`.
+        x: the unknowns in the order of `start`, flat. Costs are relative to that of silence, the last one infinite where it
+        came to nothing. success, falling: see `lbfgs`. It always counts as stalled, so that moved images are tried.
         """
         attack, problem = self.attack, self.views[0].problem
-        whole = attack.restarts * attack.iterations
-        silence = silence_cost(problem, squared_l2)
+        silence, each = silence_cost(problem, squared_l2), attack.descent_iterations
+        begun = min(len(self.descents), attack.restarts - 1) * each
+
+        def told(iteration: int, _: int, loss: float) -> None:
+            self.tell(begun + min(iteration, each), 0, loss / silence)
+
         match = lbfgs(
             problem,
             {name: tensor[None] for name, tensor in start.items()},
@@ -228,19 +238,22 @@ class Case:
             iterations=iterations,
             success=max(success, attack.certified),
             falling=falling,
-            progress=lambda iteration, _, loss: self.tell(
-                min(iteration, attack.descent_iterations), whole, loss / silence
-            ),
+            progress=told,
         )
-        well = all(bool(tensor.isfinite().all()) for tensor in match.guess.values())
+        well = all(bool(tensor.isfinite().all()) for tensor in match.guess.values()) and math.isfinite(match.losses[-1])
+        costs = tuple(loss / silence for loss in match.losses)
+        self.descents.append(len(costs) - 1)
         place = torch.cat([(match.guess if well else start)[name].reshape(-1) for name in start])
-        self.descents.append(End(x=place, costs=tuple(loss / silence for loss in match.losses), reason="stalled"))
-        return self.descents[-1]
+        return End(x=place, costs=costs if well else (*costs[:-1], math.inf), reason="stalled")
 
     @property
     def descending(self) -> bool:
-        """Whether starts are brought near by L-BFGS first: not what another attack found, and not to fit noise."""
-        return self.attack.descent_iterations > 0 and self.first is None and self.noise == 0
+        """Whether starts are brought near by L-BFGS first: not what another attack found, and not to fit noise.
+
+        One update alone, of a model without kinks.
+        """
+        clean = len(self.views) == 1 and self.noise == 0 and not kinks(self.views[0].problem.model)
+        return self.attack.descent_iterations > 0 and self.first is None and clean
 
     @property
     def count(self) -> int:
@@ -309,7 +322,7 @@ def multistart(
 
         def told(iteration: int, cost: float, done: int = number * (before + attack.iterations)) -> None:
             here = min(iteration, before + attack.iterations)  # searches of moved images come on top
-            case.tell(done + here, attack.restarts * (before + attack.iterations), cost)
+            case.tell(attack.restarts * attack.descent_iterations * case.descending + done + here, before, cost)
 
         solution = solve(number, start, told)
         trials += len(solution.costs) - 1
@@ -357,7 +370,7 @@ def multistart(
         timesteps=found.get("timesteps"),
         noise=found["noise"].nan_to_num(0.0) if "noise" in found else None,
         losses=(*solution.costs, cost),
-        steps=trials + sum(len(descent.costs) - 1 for descent in case.descents),
+        steps=trials + sum(case.descents),
         seconds=perf_counter() - case.begun,
         diagnostics=diagnostics,
     )

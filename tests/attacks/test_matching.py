@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attacks.dlg import DLG
 from attacks.inverting_gradients import InvertingGradients
-from attacks.matching import DISTANCES, cosine, pose, relative_l2, squared_l2, total_variation
+from attacks.matching import DISTANCES, cosine, lbfgs, pose, relative_l2, squared_l2, total_variation
 from fedattack.errors import FedattackError, NotApplicable
 from fedattack.metrics import psnr_db
 from fedattack.models import build_model
@@ -172,6 +172,22 @@ def test_dlg_recovers_image_and_label_without_any_oracle(make_update, random_ima
     assert found.labels.tolist() == [1]
     assert found.losses[-1] <= found.losses[0]
     assert found.steps >= len(found.losses) - 1
+
+
+def test_lbfgs_gives_up_where_ten_steps_gained_too_little(make_update, random_images):
+    """With a wrong label no image explains the gradient; and no ten steps lower a distance by all of it."""
+    images, labels = random_images((1, 3, 8, 8)), torch.tensor([1])
+    model = build_model("lenet", image_shape=(3, 8, 8), num_classes=4, seed=0, channels=4)
+    update = make_update(model, images, labels)
+    known = Knowledge(image_shape=(3, 8, 8), batch_size=1, num_classes=4, labels=torch.tensor([2]))
+    problem = pose(update, model, Classification(), known)
+    start = problem.start(1, derive_generator(0, "start"), "grey")
+
+    def steps(falling: float) -> int:
+        return lbfgs(problem, start, distance=squared_l2, iterations=25, falling=falling).steps
+
+    assert (steps(0.0), steps(1.0)) == (25, 11)
+    assert 11 <= steps(0.1) <= 25
 
 
 def test_several_local_steps_are_unrolled(make_update, random_images):

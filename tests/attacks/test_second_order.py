@@ -460,20 +460,44 @@ def test_more_starts_never_end_higher(make_update, random_images):
     assert three.diagnostics["loss"] <= 1.0
 
 
-def test_progress_hears_of_every_trial(make_update, random_images):
-    images, labels, model = random_images((1, 3, 8, 8)), torch.tensor([1]), lenet(channels=4)
+@pytest.mark.parametrize("few", [False, True])
+def test_progress_hears_of_every_step_and_never_goes_back(few, make_update, random_images):
+    """few: fewer equations than unknowns, so that no start is ever enough."""
+    images, labels, model = random_images((1, 3, 8, 8)), torch.tensor([1]), lenet(channels=2 if few else 4)
+    update = make_update(model, images, labels)
+    if few:
+        update = replace(update, received={name: update.received[name] for name in ("conv0.weight", "conv0.bias")})
     calls: list[tuple[int, int, float]] = []
     found = attack(
-        SecondOrder(restarts=2, iterations=7),
-        make_update(model, images, labels),
+        SecondOrder(restarts=2, iterations=7, descent_iterations=3),
+        update,
         model,
         facts(images, labels),
         progress=lambda *call: calls.append(call),
     )
     assert len(calls) == found.steps
-    assert all(1 <= i <= n == 2 * (20 + 7) for i, n, _ in calls)
-    assert sorted(calls, key=lambda call: call[0]) == calls
-    assert found.diagnostics["descents"] == found.diagnostics["starts"]
+    done = [i for i, _, _ in calls]
+    assert done == sorted(done)
+    assert all(1 <= i <= n == 2 * (3 + 7) for i, n, _ in calls)
+    assert found.diagnostics["descents"] == found.diagnostics["starts"] == 1.0 + few
+
+
+def test_a_descent_stays_in_the_box(make_update, random_images):
+    """L-BFGS knows no box; a search that does would reject every clamped trial from beyond it."""
+    images = random_images((2, 3, 8, 8)).round()
+    labels, model = torch.tensor([1, 2]), lenet(channels=6)
+    update = make_update(model, images, labels)
+    boxed = SecondOrder(restarts=1, iterations=40, box="step", translations=0, descent_iterations=3)
+    assert attack(boxed, update, model, facts(images, labels)).diagnostics["certified"] == 1.0
+
+
+def test_nothing_descends_to_fit_noise_or_across_kinks(make_update, random_images):
+    images, labels = random_images((1, 3, 8, 8)), torch.tensor([1])
+    for activation, sigma, descents in (("sigmoid", None, 1.0), ("sigmoid", 1e-3, 0.0), ("relu", None, 0.0)):
+        model = lenet(channels=4, activation=activation)
+        quick = SecondOrder(restarts=1, iterations=2, sigma=sigma, switching_iterations=0, smoothing_iterations=0)
+        found = attack(quick, make_update(model, images, labels), model, facts(images, labels))
+        assert found.diagnostics["descents"] == descents
 
 
 # ------------------------------------------------------------------------------------------------ diffusion

@@ -100,7 +100,7 @@ class Landscape:
         self.done.append(done)
         return Solution(x=x, point=None, linear=None, costs=(9.0, self.cost(x)), reason=self.reason)
 
-    def run(self, most: int = 12) -> Solution:
+    def run(self, most: int = 12, slack: float = 1.0) -> Solution:
         return Translating(
             search=self.search,
             unknown=lambda end: end.x,
@@ -110,6 +110,7 @@ class Landscape:
             close_cost=self.cost,
             success=0.1,
             most=most,
+            slack=slack,
         ).search_from(self.image.reshape(-1))
 
 
@@ -124,6 +125,11 @@ def test_it_goes_on_from_the_best_place_and_ends_with_success(landscape):
     assert there.starts == [(0, 0), (2, 0)]
     assert there.done == [0, 1]
     assert (found.costs, found.searches) == ((9.0, 1.0, 0.05), 2)
+
+
+def test_slack_lets_dearer_moves_be_tried(landscape):
+    costs = {(0, 0): 1.0, (0, 1): 3.0, (1, 0): 5.0}
+    assert [landscape(costs).run(slack=slack).searches for slack in (1.0, 2.0, 3.0)] == [1, 2, 3]
 
 
 def test_it_gives_up_after_three_searches_that_gained_nothing(landscape):
