@@ -851,7 +851,6 @@ def test_a_class_must_beat_the_commonest_one_and_chance():
     balanced = [row for half in (True, False) for row in classes("dlg", [True] * 16, commonest=half)]
     found = verdict(balanced, blind)
     assert found.told
-    assert "100 % (16 of 16)" not in found.words
     assert "(chance 50 %; 50 % at best in pictures made without this update; 16 clients, p = 0.004" in found.words
     assert revealed([told("dlg", face={"hit": [True], "chance": 0.005})]) == {}
     noisy = [row | {"defense": "gaussian-noise(sigma=0.1)"} for row in classes("dlg", [True])]
