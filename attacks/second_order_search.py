@@ -214,7 +214,7 @@ class Case:
 
     def tell(self, done: int, before: int, cost: float) -> None:
         """Progress, never backwards: first a descent's steps for each start, then its trials and `before` more."""
-        each = self.attack.descent_iterations + before + self.attack.iterations
+        each = self.attack.descent_iterations * self.descending + before + self.attack.iterations
         self.highest = min(self.attack.restarts * each, max(self.highest, done))
         self.progress(self.highest, self.attack.restarts * each, cost)
 

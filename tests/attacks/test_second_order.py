@@ -482,6 +482,19 @@ def test_progress_hears_of_every_step_and_never_goes_back(few, make_update, rand
     assert found.diagnostics["descents"] == found.diagnostics["starts"] == 1.0 + few
 
 
+def test_without_a_descent_progress_counts_none(make_update, random_images):
+    images, labels, model = random_images((1, 3, 8, 8)), torch.tensor([1]), lenet(channels=4)
+    totals: set[int] = set()
+    attack(
+        SecondOrder(restarts=2, iterations=7, sigma=1e-3),
+        make_update(model, images, labels),
+        model,
+        facts(images, labels),
+        progress=lambda done, total, cost: totals.add(total),
+    )
+    assert totals == {14}
+
+
 def test_a_descent_stays_in_the_box(make_update, random_images):
     """L-BFGS knows no box; a search that does would reject every clamped trial from beyond it."""
     images = random_images((2, 3, 8, 8)).round()
