@@ -187,7 +187,6 @@ def test_lbfgs_gives_up_where_ten_steps_gained_too_little(make_update, random_im
         return lbfgs(problem, start, distance=squared_l2, iterations=25, falling=falling).steps
 
     assert (steps(0.0), steps(1.0)) == (25, 11)
-    assert 11 <= steps(0.1) <= 25
 
 
 def test_several_local_steps_are_unrolled(make_update, random_images):
