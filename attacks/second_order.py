@@ -25,12 +25,14 @@ from attacks.second_order_noise import search_noisy
 from attacks.second_order_search import (
     EQUATIONS,
     Case,
+    Descent,
     Options,
     Told,
     View,
     chunk_of,
     later,
     multistart,
+    nearest_first,
     searched,
     squared,
 )
@@ -41,6 +43,9 @@ from attacks.timesteps import with_timesteps
 from fedattack.errors import NotApplicable
 from fedattack.tasks import Task
 from fedattack.types import Knowledge, Progress, Reconstruction, Update, silent
+
+DESCENT = Descent(longest=10, close=1e-6)
+"""Of images alone. On deep networks L-BFGS is ahead of Levenberg-Marquardt down to that."""
 
 SMOOTHING = (0.5, 0.2, 0.08, 0.03, 0.01)
 """Widths of a continuation to sharp activations, in standard deviations of what an activation is given at the start."""
@@ -201,9 +206,6 @@ def _search_images(case: Case) -> Reconstruction:
         first: tuple[float, ...] = ()
         trials: list[float] = []
         spread = spreads(problem.model, problem.sent, start.reshape(variable.shape)) if widths else {}
-        if case.descending:
-            start = case.descend({"images": start.reshape(variable.shape)}, attack.descent_iterations).x
-            start = start if box is None else start.clamp(*box)
         for width in widths if case.first is None or number > 1 else (widths[SLIGHT:] if number else ()):
             brief = replace(attack, iterations=attack.smoothing_iterations, tolerance=SMOOTHED)
             views = [_smoothed(view, {name: width * size for name, size in spread.items()}) for view in layered]
@@ -237,8 +239,13 @@ def _search_images(case: Case) -> Reconstruction:
             best = min(best, found, key=lambda end: case.cost(finish(end)))
         return replace(best, costs=(*first, *trials), searches=searches)
 
+    def approach(number: int) -> tuple[float, Tensor]:
+        end = case.descend({"images": starts[number].reshape(variable.shape)}, DESCENT)
+        return end.costs[-1] / min(1.0, end.costs[0]), end.x if box is None else end.x.clamp(*box)
+
     extra = len(widths) * attack.smoothing_iterations + 2 * ROUNDS * attack.switching_iterations * switching
-    return multistart(case, solve, starts, finish, unknowns, extra)
+    begun = nearest_first(attack.restarts, approach) if case.descending else starts
+    return multistart(case, solve, begun, finish, unknowns, extra)
 
 
 def _switched(case: Case, x: Tensor, share: float, loyalty: float, told: Told) -> Solution | None:

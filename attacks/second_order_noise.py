@@ -4,7 +4,7 @@ Source: variable projection, see `attacks.second_order`; ours, that a diffusion 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -12,17 +12,20 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp
 
-from attacks.least_squares import End, Formed, Latest, Point, Projected, ProjectedFree, Solution
-from attacks.matching import Problem, silence_cost, squared_l2
+from attacks.least_squares import Formed, Latest, Point, Projected, ProjectedFree, Solution
+from attacks.matching import Problem
 from attacks.noise import differences, variation_slopes
 from attacks.second_order_search import (
     EQUATIONS,
+    NEAR,
     Case,
+    Descent,
     Told,
     View,
     chunk_of,
     later,
     multistart,
+    nearest_first,
     searched,
     squared,
 )
@@ -39,14 +42,10 @@ projected out of a noisy update."""
 PROJECTED = 512
 """Pixels beyond which unknown noise is projected out by conjugate gradients."""
 
-NEAR = 1e-3
-"""A descent has come near a solution where its relative cost falls below this: others end at 0.01 to 0.2."""
-
 SLACK = 2.0
 """How many times as much a move may cost in a descent, whose residual is not projected anew."""
 
-DESCENT, CLOSE, FALLING = 5, 1e-5, 0.1
-"""A descent has so many times the option's steps; it ends below this cost, or where ten steps do not lower it by this share."""
+DESCENT = Descent(longest=5, close=1e-5)
 
 REWEIGHTINGS = 2
 """How often the quadratic bound on total variation is renewed where noise is projected out."""
@@ -186,38 +185,27 @@ def search_noisy(case: Case) -> Reconstruction:
         with torch.no_grad():
             return torch.cat([x.reshape(-1), (predict(problem, {}, x) - target).reshape(-1)])
 
-    def promising() -> Iterator[Tensor]:
-        """Starts that L-BFGS brought near, one after another; where there is no other left, the rest, the nearest first."""
-        rest: list[tuple[float, Tensor]] = []
-        for number in range(attack.restarts):
-            found = _approached(case, {name: tensor[number] for name, tensor in starts.items()})
-            here = begin(_split(found.x, shape))
-            if found.costs[-1] < NEAR:
-                yield here
-            else:
-                rest.append((found.costs[-1], here))
-        yield from (here for _, here in sorted(rest, key=lambda pair: pair[0]))
+    def approach(number: int) -> tuple[float, Tensor]:
+        cost, place = _approached(case, {name: tensor[number] for name, tensor in starts.items()})
+        return cost, begin(_split(place, shape))
 
     if case.descending:
-        return multistart(case, solve, promising(), finish, 2 * pixels)
+        return multistart(case, solve, nearest_first(attack.restarts, approach), finish, 2 * pixels)
     away = torch.zeros(pixels, dtype=problem.dtype, device=signal.device)
     plain = (signal * (2.0 * images - 1.0) + spread * noise for images, noise in zip(*starts.values(), strict=True))
     return multistart(case, solve, (torch.cat([x.reshape(-1), away]) for x in plain), finish, 2 * pixels)
 
 
-def _approached(case: Case, start: Mapping[str, Tensor]) -> End:
-    """The best of descents from a start and from where they end with an image moved; x: images, then noise."""
+def _approached(case: Case, start: Mapping[str, Tensor]) -> tuple[float, Tensor]:
+    """The best of descents from a start and from where they end with an image moved: cost, and images before noise."""
     problem, shape = case.views[0].problem, case.views[0].problem.unknown["images"].shape
-    silence = silence_cost(problem, squared_l2)
 
     def cost(place: Tensor) -> float:
         with torch.no_grad():
-            return float(squared_l2(problem.simulated(_split(place, shape)), problem.observed)) / silence
+            return float(case.distance(problem.simulated(_split(place, shape)), problem.observed))
 
-    return Translating(
-        search=lambda place, done: case.descend(
-            _split(place, shape), DESCENT * case.attack.descent_iterations, CLOSE, FALLING
-        ),
+    found = Translating(
+        search=lambda place, done: case.descend(_split(place, shape), DESCENT),
         unknown=lambda end: end.x,
         shape=shape,
         verdict=lambda end: end.costs[-1],
@@ -227,6 +215,7 @@ def _approached(case: Case, start: Mapping[str, Tensor]) -> End:
         most=case.attack.translations,
         slack=SLACK,
     ).search_from(torch.cat([start[name].reshape(-1) for name in ("images", "noise")]))
+    return cost(found.x) / min(1.0, found.costs[0]), found.x
 
 
 def _split(place: Tensor, shape: Sequence[int]) -> dict[str, Tensor]:

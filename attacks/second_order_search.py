@@ -4,7 +4,7 @@ The searches: `attacks.second_order` where the images alone are unknown, `attack
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 
@@ -22,18 +22,22 @@ from attacks.least_squares import (
     Solution,
     levenberg_marquardt,
 )
-from attacks.matching import Problem, check_options, lbfgs, pose, silence_cost, squared_l2
+from attacks.matching import Problem, check_options, lbfgs, pose
 from attacks.noise import noise_level
 from attacks.smoothing import kinks
 from attacks.starting import random_start
 from attacks.translations import Translating
 from fedattack.errors import FedattackError, must, one_of
 from fedattack.tasks import Task
-from fedattack.types import Knowledge, Progress, Reconstruction, Update
+from fedattack.types import Knowledge, Progress, Reconstruction, State, Update
 
 BOXES = ("end", "step")
 WEIGHTS = {"entries": 0.0, "balanced": 0.5, "layers": 1.0}
 """How much a layer counts: its equations are divided by ‖g_layer‖ to this power."""
+
+NEAR = 1e-3
+"""A descent has come near a solution where it ends below this share of its start's cost, or of silence's: others end at 0.01 to
+0.2 of it."""
 
 EQUATIONS = 4096
 """A sketch keeps at least so many: they are cheap."""
@@ -58,9 +62,9 @@ class Options:
     at most 512 pixels the search itself keeps four times as many: with fewer, most get stuck). dense_limit: unknown pixels
     beyond which no Jacobian is formed and each step takes up to `inner_steps` plain conjugate gradients.
     descent_iterations: outer steps of L-BFGS (up to 20 steps each, as in DLG) by which each start is brought near before the
-    search: of one clean update of a model without ReLUs, from random starts. Where noise is unknown up to five times as many,
-    again and again with moved images, and starts that come near are searched first. They count as `steps`, not among `losses`;
-    0: none.
+    search: of one clean update of a model without ReLUs, from random starts. Up to ten times as many while they gain, five
+    times where noise is unknown, there again and again with moved images. Starts that come near are searched first. They count
+    as `steps`, not among `losses`; 0: none.
     smoothing_iterations: trial steps, before those on the model itself, at each of five widths of smoothed copies of a model
     whose modules include ReLUs, the gradients of which jump (always with weights "layers": deep ones need it); 0: none.
     switching_iterations: of such a model, where that did not end exactly: trial steps of each of up to 20 rounds in which the
@@ -151,6 +155,17 @@ class View:
             return squared(self.verdict.left(self.problem.simulated(guess)) - self.verdict.wanted)
 
 
+@dataclass(frozen=True)
+class Descent:
+    """How far L-BFGS goes: `longest` times the option's steps; less where it ends below the share `close` of the start's cost
+    (or of silence's, where that is lower), or where ten steps do not lower it by the share `falling`.
+    """
+
+    longest: float
+    close: float
+    falling: float = 0.1
+
+
 @dataclass
 class Case:
     """What every search needs. views: updates of the same images, noisy ones divided by their noise where there are several.
@@ -218,33 +233,39 @@ class Case:
         self.highest = min(self.attack.restarts * each, max(self.highest, done))
         self.progress(self.highest, self.attack.restarts * each, cost)
 
-    def descend(self, start: Mapping[str, Tensor], iterations: int, success: float = 0.0, falling: float = 0.0) -> End:
+    def distance(self, simulated: State, observed: State) -> Tensor:
+        """The cost of the search, of one update without noise."""
+        equations = self.views[0].equations
+        return (equations.left(simulated) - equations.wanted).square().sum()
+
+    def descend(self, start: Mapping[str, Tensor], descent: Descent) -> End:
         """Where L-BFGS comes from a start: cheap far from a solution, where Jacobians soon grow old.
 
-        x: the unknowns in the order of `start`, flat. Costs are relative to that of silence, the last one infinite where it
-        came to nothing. success, falling: see `lbfgs`. It always counts as stalled, so that moved images are tried.
+        x: the unknowns in the order of `start`, flat. The last cost is infinite where it came to nothing. It always counts as
+        stalled, so that moved images are tried.
         """
         attack, problem = self.attack, self.views[0].problem
-        silence, each = silence_cost(problem, squared_l2), attack.descent_iterations
+        each = attack.descent_iterations
         begun = min(len(self.descents), attack.restarts - 1) * each
+        with torch.no_grad():
+            before = float(self.distance(problem.simulated(start), problem.observed))
 
-        def told(iteration: int, _: int, loss: float) -> None:
-            self.tell(begun + min(iteration, each), 0, loss / silence)
+        def told(iteration: int, _: int, cost: float) -> None:
+            self.tell(begun + min(iteration, each), 0, cost)
 
         match = lbfgs(
             problem,
             {name: tensor[None] for name, tensor in start.items()},
-            distance=squared_l2,
-            iterations=iterations,
-            success=max(success, attack.certified),
-            falling=falling,
+            distance=self.distance,
+            iterations=math.ceil(descent.longest * each),
+            success=max(descent.close * min(1.0, before), attack.certified),
+            falling=descent.falling,
             progress=told,
         )
         well = all(bool(tensor.isfinite().all()) for tensor in match.guess.values()) and math.isfinite(match.losses[-1])
-        costs = tuple(loss / silence for loss in match.losses)
-        self.descents.append(len(costs) - 1)
+        self.descents.append(len(match.losses) - 1)
         place = torch.cat([(match.guess if well else start)[name].reshape(-1) for name in start])
-        return End(x=place, costs=costs if well else (*costs[:-1], math.inf), reason="stalled")
+        return End(x=place, costs=match.losses if well else (*match.losses[:-1], math.inf), reason="stalled")
 
     @property
     def descending(self) -> bool:
@@ -269,6 +290,21 @@ class Case:
 
 
 # ---------------------------------------------------------------------------------------------------- starts
+def nearest_first(starts: int, approach: Callable[[int], tuple[float, Tensor]]) -> Iterator[Tensor]:
+    """Starts that a descent brought near, one after another; where there is no other left, the rest, the nearest first.
+
+    approach: where the descent from a start ends, after its cost as a share of the start's.
+    """
+    rest: list[tuple[float, Tensor]] = []
+    for number in range(starts):
+        cost, place = approach(number)
+        if cost < NEAR:
+            yield place
+        else:
+            rest.append((cost, place))
+    yield from (place for _, place in sorted(rest, key=lambda pair: pair[0]))
+
+
 Told = Callable[[int, float], None]
 """Hears of every trial: its number and its cost."""
 

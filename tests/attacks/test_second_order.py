@@ -23,6 +23,7 @@ from attacks.least_squares import (
 )
 from attacks.matching import pose
 from attacks.second_order import SecondOrder
+from attacks.second_order_search import nearest_first
 from fedattack.errors import FedattackError, NotApplicable
 from fedattack.jacobians import Linearised, by_rows, jacobian_transposed
 from fedattack.metrics import match_batch, psnr_db
@@ -502,6 +503,32 @@ def test_a_descent_stays_in_the_box(make_update, random_images):
     update = make_update(model, images, labels)
     boxed = SecondOrder(restarts=1, iterations=40, box="step", translations=0, descent_iterations=3)
     assert attack(boxed, update, model, facts(images, labels)).diagnostics["certified"] == 1.0
+
+
+def test_starts_brought_near_are_searched_at_once_and_the_rest_by_their_cost():
+    asked: list[int] = []
+
+    def approach(number: int) -> tuple[float, torch.Tensor]:
+        asked.append(number)
+        return (0.2, 1e-4, 0.1, math.inf)[number], torch.tensor([float(number)])
+
+    order = nearest_first(4, approach)
+    assert float(next(order)) == 1.0
+    assert asked == [0, 1]  # no descent is made before the near one has been searched
+    assert [float(place) for place in order] == [2.0, 0.0, 3.0]
+
+
+def test_a_descent_goes_on_while_it_gains_and_ends_where_it_is_close(make_update, random_images):
+    images, labels, model = random_images((1, 3, 8, 8)), torch.tensor([1]), lenet(channels=4)
+    update = make_update(model, images, labels)
+    short = {"restarts": 1, "iterations": 1, "translations": 0}
+    steps = {
+        n: attack(SecondOrder(descent_iterations=n, **short), update, model, facts(images, labels)).steps - 1
+        for n in (1, 2, 40)
+    }
+    assert 1 < steps[1] <= 10  # of outer steps, up to ten times the option
+    assert steps[1] <= steps[2] < 20
+    assert steps[40] < 40
 
 
 def test_nothing_descends_to_fit_noise_or_across_kinks(make_update, random_images):
