@@ -47,6 +47,9 @@ from fedattack.types import Knowledge, Progress, Reconstruction, Update, silent
 DESCENT = Descent(longest=10, close=1e-6)
 """Of images alone. On deep networks L-BFGS is ahead of Levenberg-Marquardt down to that."""
 
+WAITING = 3
+"""So many starts that a descent did not bring near wait for nearer ones before one of them is searched all the same."""
+
 SMOOTHING = (0.5, 0.2, 0.08, 0.03, 0.01)
 """Widths of a continuation to sharp activations, in standard deviations of what an activation is given at the start."""
 
@@ -240,12 +243,15 @@ def _search_images(case: Case) -> Reconstruction:
         return replace(best, costs=(*first, *trials), searches=searches)
 
     def approach(number: int) -> tuple[float, Tensor]:
-        end = case.descend({"images": starts[number].reshape(variable.shape)}, DESCENT)
-        return end.costs[-1] / min(1.0, end.costs[0]), end.x if box is None else end.x.clamp(*box)
+        begun = {"images": starts[number].reshape(variable.shape)}
+        unit = case.unit(begun)
+        place = case.descend(begun, DESCENT, unit).x
+        place = place if box is None else place.clamp(*box)
+        return case.distance_at({"images": place.reshape(variable.shape)}) / unit, place
 
     extra = len(widths) * attack.smoothing_iterations + 2 * ROUNDS * attack.switching_iterations * switching
-    begun = nearest_first(attack.restarts, approach) if case.descending else starts
-    return multistart(case, solve, begun, finish, unknowns, extra)
+    ordered = nearest_first(attack.restarts, approach, WAITING) if case.descending else starts
+    return multistart(case, solve, ordered, finish, unknowns, extra)
 
 
 def _switched(case: Case, x: Tensor, share: float, loyalty: float, told: Told) -> Solution | None:

@@ -46,6 +46,7 @@ SLACK = 2.0
 """How many times as much a move may cost in a descent, whose residual is not projected anew."""
 
 DESCENT = Descent(longest=5, close=1e-5)
+"""Of images and noise; a Jacobian of the images alone, with the noise projected out, does the rest."""
 
 REWEIGHTINGS = 2
 """How often the quadratic bound on total variation is renewed where noise is projected out."""
@@ -190,7 +191,9 @@ def search_noisy(case: Case) -> Reconstruction:
         return cost, begin(_split(place, shape))
 
     if case.descending:
-        return multistart(case, solve, nearest_first(attack.restarts, approach), finish, 2 * pixels)
+        return multistart(
+            case, solve, nearest_first(attack.restarts, approach, attack.restarts + 1), finish, 2 * pixels
+        )
     away = torch.zeros(pixels, dtype=problem.dtype, device=signal.device)
     plain = (signal * (2.0 * images - 1.0) + spread * noise for images, noise in zip(*starts.values(), strict=True))
     return multistart(case, solve, (torch.cat([x.reshape(-1), away]) for x in plain), finish, 2 * pixels)
@@ -198,14 +201,13 @@ def search_noisy(case: Case) -> Reconstruction:
 
 def _approached(case: Case, start: Mapping[str, Tensor]) -> tuple[float, Tensor]:
     """The best of descents from a start and from where they end with an image moved: cost, and images before noise."""
-    problem, shape = case.views[0].problem, case.views[0].problem.unknown["images"].shape
+    shape, unit = case.views[0].problem.unknown["images"].shape, case.unit(start)
 
     def cost(place: Tensor) -> float:
-        with torch.no_grad():
-            return float(case.distance(problem.simulated(_split(place, shape)), problem.observed))
+        return case.distance_at(_split(place, shape)) / unit
 
     found = Translating(
-        search=lambda place, done: case.descend(_split(place, shape), DESCENT),
+        search=lambda place, done: case.descend(_split(place, shape), DESCENT, unit),
         unknown=lambda end: end.x,
         shape=shape,
         verdict=lambda end: end.costs[-1],
@@ -215,7 +217,7 @@ def _approached(case: Case, start: Mapping[str, Tensor]) -> tuple[float, Tensor]
         most=case.attack.translations,
         slack=SLACK,
     ).search_from(torch.cat([start[name].reshape(-1) for name in ("images", "noise")]))
-    return cost(found.x) / min(1.0, found.costs[0]), found.x
+    return cost(found.x), found.x
 
 
 def _split(place: Tensor, shape: Sequence[int]) -> dict[str, Tensor]:

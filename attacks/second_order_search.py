@@ -36,8 +36,8 @@ WEIGHTS = {"entries": 0.0, "balanced": 0.5, "layers": 1.0}
 """How much a layer counts: its equations are divided by ‖g_layer‖ to this power."""
 
 NEAR = 1e-3
-"""A descent has come near a solution where it ends below this share of its start's cost, or of silence's: others end at 0.01 to
-0.2 of it."""
+"""A descent has come near a solution where it ends below this share of its start's cost, or of silence's where that is lower:
+others end at 0.01 to 0.2 of it."""
 
 EQUATIONS = 4096
 """A sketch keeps at least so many: they are cheap."""
@@ -54,17 +54,20 @@ class Options:
     certified. A cost is ‖simulated − observed‖²/‖observed‖² in the weights of the search: 1 for silence, 0 for a perfect
     match. weights: "entries" (all alike), "layers" (each divided by its norm, so that all layers count the same) or
     "balanced" between them. certified: the cost, in "layers" weights whatever the search had, below which (with as many
-    independent equations as unknowns; beyond dense_limit independence is not checked) a result is called exact.
+    independent equations as unknowns; beyond dense_limit, or without `spectrum`, independence is not checked) a result is
+    called exact.
     start: "grey", "normal" or "uniform", see Problem.start; or an attack such as "r-conv", whose result is the first start
     (of models with ReLUs the second too, slightly smoothed; the others are grey). box: images are clamped to [0, 1] at the
     "end" or after each "step". damping: of the first step, in units of the largest diagonal entry of JᵀJ. sketch: equations
     kept for each unknown in the Jacobians that precondition the steps, 0 for all, never fewer than 4,096 (with unknown noise in
     at most 512 pixels the search itself keeps four times as many: with fewer, most get stuck). dense_limit: unknown pixels
     beyond which no Jacobian is formed and each step takes up to `inner_steps` plain conjugate gradients.
-    descent_iterations: outer steps of L-BFGS (up to 20 steps each, as in DLG) by which each start is brought near before the
-    search: of one clean update of a model without ReLUs, from random starts. Up to ten times as many while they gain, five
-    times where noise is unknown, there again and again with moved images. Starts that come near are searched first. They count
-    as `steps`, not among `losses`; 0: none.
+    descent_iterations: a tenth (where noise is unknown a fifth) of the outer steps of L-BFGS that a start may take before it is
+    searched (up to 20 steps each, as in DLG), of one clean update of a model without ReLUs, from random starts. It takes fewer
+    where it comes close, or where ten of them gain less than 10 %. Starts that it brought near, below 1e-3 of their first cost,
+    are searched at once, others when three of them wait, or no other is left, the nearest first. Where noise is unknown it
+    descends again and again with moved images, and all starts before one that did not come near is searched. They count as
+    `steps`, not among `losses`; 0: none.
     smoothing_iterations: trial steps, before those on the model itself, at each of five widths of smoothed copies of a model
     whose modules include ReLUs, the gradients of which jump (always with weights "layers": deep ones need it); 0: none.
     switching_iterations: of such a model, where that did not end exactly: trial steps of each of up to 20 rounds in which the
@@ -109,6 +112,8 @@ class Options:
         for name in ("sigma", "prior_weight", "translations", "descent_iterations"):
             if (value := getattr(self, name)) is not None and not value >= 0:
                 raise FedattackError(must(name, "zero or positive", value))
+        if not isinstance(self.descent_iterations, int):
+            raise FedattackError(must("descent_iterations", "a whole number", self.descent_iterations))
         if not 0 < self.gates <= 1:
             raise FedattackError(must("gates", "a share above 0, at most 1", self.gates))
 
@@ -157,11 +162,11 @@ class View:
 
 @dataclass(frozen=True)
 class Descent:
-    """How far L-BFGS goes: `longest` times the option's steps; less where it ends below the share `close` of the start's cost
-    (or of silence's, where that is lower), or where ten steps do not lower it by the share `falling`.
+    """How far L-BFGS goes: `longest` times the option's steps; less where it ends below the share `close` of the cost of its
+    start (see `Case.unit`), or where ten steps do not lower it by the share `falling`.
     """
 
-    longest: float
+    longest: int
     close: float
     falling: float = 0.1
 
@@ -238,34 +243,43 @@ class Case:
         equations = self.views[0].equations
         return (equations.left(simulated) - equations.wanted).square().sum()
 
-    def descend(self, start: Mapping[str, Tensor], descent: Descent) -> End:
+    def distance_at(self, guess: Mapping[str, Tensor]) -> float:
+        """`distance` of what a client with these unknowns would have sent, infinite where that is not finite."""
+        problem = self.views[0].problem
+        with torch.no_grad():
+            found = float(self.distance(problem.simulated(guess), problem.observed))
+        return found if math.isfinite(found) else math.inf
+
+    def unit(self, start: Mapping[str, Tensor]) -> float:
+        """In what the costs of descents from a start are counted: its own cost, or that of silence where that is lower."""
+        return max(min(1.0, self.distance_at(start)), torch.finfo(torch.float64).tiny)
+
+    def descend(self, start: Mapping[str, Tensor], descent: Descent, unit: float) -> End:
         """Where L-BFGS comes from a start: cheap far from a solution, where Jacobians soon grow old.
 
-        x: the unknowns in the order of `start`, flat. The last cost is infinite where it came to nothing. It always counts as
-        stalled, so that moved images are tried.
+        x: the unknowns in the order of `start`, flat. costs: in `unit`, the last one infinite where it came to nothing. It
+        always counts as stalled, so that moved images are tried.
         """
-        attack, problem = self.attack, self.views[0].problem
-        each = attack.descent_iterations
-        begun = min(len(self.descents), attack.restarts - 1) * each
-        with torch.no_grad():
-            before = float(self.distance(problem.simulated(start), problem.observed))
+        attack, each = self.attack, self.attack.descent_iterations
+        before = min(len(self.descents), attack.restarts - 1) * each
 
         def told(iteration: int, _: int, cost: float) -> None:
-            self.tell(begun + min(iteration, each), 0, cost)
+            self.tell(before + math.ceil(iteration / descent.longest), 0, cost)
 
         match = lbfgs(
-            problem,
+            self.views[0].problem,
             {name: tensor[None] for name, tensor in start.items()},
             distance=self.distance,
-            iterations=math.ceil(descent.longest * each),
-            success=max(descent.close * min(1.0, before), attack.certified),
+            iterations=descent.longest * each,
+            success=max(descent.close * unit, attack.certified),
             falling=descent.falling,
             progress=told,
         )
-        well = all(bool(tensor.isfinite().all()) for tensor in match.guess.values()) and math.isfinite(match.losses[-1])
-        self.descents.append(len(match.losses) - 1)
+        costs = tuple(cost / unit for cost in match.losses)
+        well = all(bool(tensor.isfinite().all()) for tensor in match.guess.values()) and math.isfinite(costs[-1])
+        self.descents.append(len(costs) - 1)
         place = torch.cat([(match.guess if well else start)[name].reshape(-1) for name in start])
-        return End(x=place, costs=match.losses if well else (*match.losses[:-1], math.inf), reason="stalled")
+        return End(x=place, costs=costs if well else (*costs[:-1], math.inf), reason="stalled")
 
     @property
     def descending(self) -> bool:
@@ -290,18 +304,20 @@ class Case:
 
 
 # ---------------------------------------------------------------------------------------------------- starts
-def nearest_first(starts: int, approach: Callable[[int], tuple[float, Tensor]]) -> Iterator[Tensor]:
-    """Starts that a descent brought near, one after another; where there is no other left, the rest, the nearest first.
+def nearest_first(starts: int, approach: Callable[[int], tuple[float, Tensor]], waiting: int) -> Iterator[Tensor]:
+    """Places to search from: what a descent brought near at once; of others the nearest, as soon as so many are waiting.
 
-    approach: where the descent from a start ends, after its cost as a share of the start's.
+    approach: where the descent from a start ends, after its cost in units of the start's.
     """
     rest: list[tuple[float, Tensor]] = []
     for number in range(starts):
         cost, place = approach(number)
         if cost < NEAR:
             yield place
-        else:
-            rest.append((cost, place))
+            continue
+        rest.append((cost, place))
+        if len(rest) == waiting:
+            yield rest.pop(min(range(waiting), key=lambda i: rest[i][0]))[1]
     yield from (place for _, place in sorted(rest, key=lambda pair: pair[0]))
 
 
@@ -368,6 +384,7 @@ def multistart(
             break
     cost, solution, guess = min(ends, key=lambda end: end[0])
     equations = sum(view.equations.count for view in case.views)
+    dense = not isinstance(solution.point, MatrixFree | ProjectedFree)
     diagnostics = {
         "loss": cost,
         "iterations": float(len(solution.costs) - 1),
@@ -377,19 +394,20 @@ def multistart(
         "starts_succeeded": float(sum(end[0] <= case.success for end in ends)),
         "equations": float(equations),
         "unknowns": float(unknowns),
-        "dense": float(not isinstance(solution.point, MatrixFree | ProjectedFree)),
+        "dense": float(dense),
     }
     if len(case.views) > 1:
         diagnostics["rounds_seen"] = float(len(case.views))
     if case.noise > 0:
         diagnostics["chi_square"] = cost * len(case.views) / (case.noise**2 * case.count)
-    determined = unknowns <= case.count
     spectrum = solution.linear.spectrum() if attack.spectrum else None
-    if spectrum is not None and len(spectrum.values) > 0 and float(spectrum.values[0]) > 0:
+    determined = unknowns <= case.count and not (attack.spectrum and dense and spectrum is None)
+    if spectrum is not None and len(spectrum.values) > 0:
         values, rank = spectrum.values, spectrum.rank
         columns = len(solution.x)
         determined = determined and rank == columns
-        diagnostics["condition"] = float(values[0] / values[min(len(values), columns) - 1].clamp_min(1e-300))
+        if float(values[0]) > 0:
+            diagnostics["condition"] = float(values[0] / values[min(len(values), columns) - 1].clamp_min(1e-300))
         if isinstance(solution.point, Projected):
             rank += solution.point.linear_rank
             determined = determined and rank == unknowns

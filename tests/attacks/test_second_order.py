@@ -12,6 +12,7 @@ from attacks.equations import Equations
 from attacks.least_squares import (
     LEAST,
     Dense,
+    End,
     Formed,
     Latest,
     MatrixFree,
@@ -23,7 +24,7 @@ from attacks.least_squares import (
 )
 from attacks.matching import pose
 from attacks.second_order import SecondOrder
-from attacks.second_order_search import nearest_first
+from attacks.second_order_search import Case, Descent, View, nearest_first
 from fedattack.errors import FedattackError, NotApplicable
 from fedattack.jacobians import Linearised, by_rows, jacobian_transposed
 from fedattack.metrics import match_batch, psnr_db
@@ -505,30 +506,87 @@ def test_a_descent_stays_in_the_box(make_update, random_images):
     assert attack(boxed, update, model, facts(images, labels)).diagnostics["certified"] == 1.0
 
 
-def test_starts_brought_near_are_searched_at_once_and_the_rest_by_their_cost():
+def test_starts_brought_near_are_searched_at_once_and_of_others_the_nearest():
     asked: list[int] = []
 
     def approach(number: int) -> tuple[float, torch.Tensor]:
         asked.append(number)
-        return (0.2, 1e-4, 0.1, math.inf)[number], torch.tensor([float(number)])
+        return (0.2, 1e-4, 0.1, math.inf, 0.3)[number], torch.tensor([float(number)])
 
-    order = nearest_first(4, approach)
+    order = nearest_first(5, approach, waiting=9)
     assert float(next(order)) == 1.0
     assert asked == [0, 1]  # no descent is made before the near one has been searched
-    assert [float(place) for place in order] == [2.0, 0.0, 3.0]
+    assert [float(place) for place in order] == [2.0, 0.0, 4.0, 3.0]
+    asked.clear()
+    order = nearest_first(5, approach, waiting=2)
+    assert [float(next(order)) for _ in range(2)] == [1.0, 2.0]
+    assert asked == [0, 1, 2]  # nor are all made before a far one is searched
+    assert [float(place) for place in order] == [0.0, 4.0, 3.0]
 
 
-def test_a_descent_goes_on_while_it_gains_and_ends_where_it_is_close(make_update, random_images):
+def descending_case(make_update, images: Tensor, labels: Tensor, weights: str = "entries") -> Case:
+    model = lenet(channels=4)
+    options = SecondOrder(restarts=1, descent_iterations=3, certified=0.0, weights=weights)
+    view = View.of(options, make_update(model, images, labels), model, Classification(), facts(images, labels))
+    return Case(options, [view], 0.1, derive_generator(0, "attack"), lambda *call: None, 0.0)
+
+
+def test_a_descent_ends_where_it_is_close_or_slow_or_long(make_update, random_images):
+    images, labels = random_images((1, 3, 8, 8)), torch.tensor([1])
+    case = descending_case(make_update, images, labels)
+    start = {"images": case.starts()["images"][0]}
+    unit = case.unit(start)
+    assert unit == case.distance_at(start) < 1.0
+    capped = case.descend(start, Descent(longest=1, close=0.0, falling=0.0), unit)
+    assert len(capped.costs) == 1 + 3  # what the option says
+    assert capped.costs[0] == pytest.approx(1.0)
+    close = case.descend(start, Descent(longest=9, close=1.01 * capped.costs[1], falling=0.0), unit)
+    assert len(close.costs) == 1 + 2  # the step in which it was seen
+    slow = case.descend(start, Descent(longest=9, close=0.0, falling=1.0), unit)
+    assert len(slow.costs) == 1 + 11  # ten after the first one
+
+
+def test_a_descent_weighs_equations_as_the_search_does(make_update, random_images):
+    images, labels = random_images((1, 3, 8, 8)), torch.tensor([1])
+    costs = set()
+    for weights in ("entries", "layers"):
+        case = descending_case(make_update, images, labels, weights)
+        start = {"images": case.starts()["images"][0]}
+        view = case.views[0]
+        residual = view.equations.residual(view.problem.simulated(start))
+        assert case.distance_at(start) == pytest.approx(float(residual.square().sum()))
+        costs.add(round(case.distance_at(start), 12))
+    assert len(costs) == 2
+
+
+def test_starts_are_searched_in_the_order_of_where_their_descents_end(make_update, random_images, monkeypatch):
+    """In units of their own first cost, and where the box puts them."""
     images, labels, model = random_images((1, 3, 8, 8)), torch.tensor([1]), lenet(channels=4)
+    ends = iter([torch.full((192,), 0.9).double(), images.double().reshape(-1) + 0.1 * torch.arange(192).cos()])
+
+    def descend(case: Case, start: dict[str, Tensor], descent: Descent, unit: float) -> End:
+        return End(x=next(ends), costs=(1.0,), reason="stalled")
+
+    monkeypatch.setattr(Case, "descend", descend)
+    attacked = SecondOrder(restarts=2, translations=0, iterations=1)
     update = make_update(model, images, labels)
-    short = {"restarts": 1, "iterations": 1, "translations": 0}
-    steps = {
-        n: attack(SecondOrder(descent_iterations=n, **short), update, model, facts(images, labels)).steps - 1
-        for n in (1, 2, 40)
-    }
-    assert 1 < steps[1] <= 10  # of outer steps, up to ten times the option
-    assert steps[1] <= steps[2] < 20
-    assert steps[40] < 40
+    found = attack(attacked, update, model, facts(images, labels))
+    assert found.diagnostics["starts"] == 2.0
+    assert found.losses[0] < 0.1  # of the second, which was the nearer
+
+
+def test_nothing_is_certified_where_the_update_does_not_depend_on_the_images(make_update, random_images):
+    """A dead first layer: every image explains the update, and a start's cost may be exactly zero."""
+    images, labels = random_images((1, 3, 8, 8)), torch.tensor([1])
+    for activation, bias in (("sigmoid", 60.0), ("relu", -60.0)):
+        model = lenet(channels=4, activation=activation)
+        with torch.no_grad():
+            model.conv0.bias.fill_(bias)
+        update = make_update(model, images, labels)
+        found = attack(SecondOrder(restarts=1, iterations=3), update, model, facts(images, labels))
+        assert found.diagnostics["loss"] < 1e-10
+        assert found.diagnostics["certified"] == 0.0
+        assert float(psnr_db(found.images, images)) < 20
 
 
 def test_nothing_descends_to_fit_noise_or_across_kinks(make_update, random_images):
