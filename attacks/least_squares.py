@@ -30,6 +30,10 @@ RENT, LEAST = 8, 32
 """A Jacobian of n columns is formed anew once n / RENT conjugate gradients, or LEAST if that is more, were preconditioned by
 the last one: they have then cost about as much as forming it does."""
 
+SMALL, SURE = 1024, 1e-4
+"""So few unknowns have their singular values by SVD of a Jacobian in full precision; more of them from one in float32, where
+the smallest is at least this share of the largest: a hundred times and more what rounding does to it."""
+
 LOOSE, TIGHT = 1e-2, 1e-4
 """How exactly preconditioned conjugate gradients solve for a step: the more so the nearer the search is to its end."""
 
@@ -196,12 +200,12 @@ class DenseLinear:
     def predicted(self, step: Tensor) -> float:
         return _squared(self.residual + step @ self.transposed)
 
-    def spectrum(self, most: int = 1024) -> Spectrum | None:
-        """By SVD; beyond `most` unknowns from JᵀJ, where values below 1e-8 of the largest are lost in rounding."""
+    def spectrum(self) -> Spectrum | None:
+        """By SVD; beyond SMALL unknowns from JᵀJ, where values below 1e-8 of the largest are lost in rounding."""
         if not bool(self.transposed.isfinite().all()):
             return None
         size = max(self.transposed.shape)
-        if len(self.transposed) <= most:
+        if len(self.transposed) <= SMALL:
             return Spectrum(torch.linalg.svdvals(self.transposed), size)
         return Spectrum(torch.linalg.eigvalsh(self.gram).clamp_min(0.0).sqrt().flip(0), size)
 
@@ -458,7 +462,15 @@ class RecycledLinear:
         return _squared(self.local.value + self.local.times(step))
 
     def spectrum(self) -> Spectrum | None:
-        rows = jacobian_transposed(self.point.sketched, self.point.x, self.point.chunk)
+        """Of JᵀJ as it was formed, or is, in float32, if that is enough to tell the rank."""
+        point, formed = self.point, self.point.formed
+        if formed.place is not point.x:
+            point.form()
+        if formed.gram is not None and len(formed.gram) > SMALL:
+            values = torch.linalg.eigvalsh(formed.gram).clamp_min(0.0).sqrt().flip(0)
+            if bool(values[-1] > SURE * values[0]):
+                return Spectrum(values, len(values))
+        rows = jacobian_transposed(point.sketched, point.x, point.chunk)
         return DenseLinear.of(self.local.value.new_zeros(rows.shape[1]), rows).spectrum()
 
 

@@ -320,14 +320,17 @@ def lbfgs(
     line_search: bool = True,
     success: float = 0.0,
     falling: float = 0.0,
+    close: float = 0.0,
+    quick: float = 1.0,
     progress: Progress = silent,
 ) -> Match:
     """L-BFGS, one restart after another, until one of them ends below `success` times the distance of a zero update.
 
     `iterations` counts outer steps of up to `inner` L-BFGS steps each, as DLG does. A restart that turns non-finite or
-    stands still is given up, and one whose last ten steps did not lower the distance by the share `falling`. Inside, the loss
-    is scaled so that a zero update costs 1e6: torch's L-BFGS learns no curvature from steps with yᵀs below the absolute
-    1e-10, and would stand still around a relative distance of 1e-8.
+    stands still is given up, and one whose last ten steps did not lower the distance by the share `falling`, or, below
+    `close` times the distance of a zero update, whose last one did not lower it by the share `quick`. Inside, the loss is
+    scaled so that a zero update costs 1e6: torch's L-BFGS learns no curvature from steps with yᵀs below the absolute 1e-10,
+    and would stand still around a relative distance of 1e-8.
     """
     losses_of = objective(problem, distance)
     silence = silence_cost(problem, distance)
@@ -352,7 +355,8 @@ def lbfgs(
             history.append(loss)
             progress(restart * iterations + iteration + 1, restarts * iterations, loss)
             slow = falling > 0 and len(history) > SLOW and history[-1] > (1.0 - falling) * history[-1 - SLOW]
-            if loss <= success * silence or slow or not _moving(history):
+            quiet = loss <= close * silence and (len(history) < 2 or loss > (1.0 - quick) * history[-2])
+            if loss <= success * silence or slow or quiet or not _moving(history):
                 break
         history.append(float(losses_of(guess).detach()))
         ends.append({name: value.detach() for name, value in guess.items()})

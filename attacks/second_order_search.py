@@ -162,12 +162,14 @@ class View:
 
 @dataclass(frozen=True)
 class Descent:
-    """How far L-BFGS goes: `longest` times the option's steps; less where it ends below the share `close` of the cost of its
-    start (see `Case.unit`), or where ten steps do not lower it by the share `falling`.
+    """How far L-BFGS goes: `longest` times the option's steps; less where ten of them do not lower its cost by the share
+    `falling`, or where it is below the share `close` of that of its start (see `Case.unit`) and one step does not lower it by
+    the share `quick`.
     """
 
     longest: int
     close: float
+    quick: float = 1.0
     falling: float = 0.1
 
 
@@ -271,8 +273,10 @@ class Case:
             {name: tensor[None] for name, tensor in start.items()},
             distance=self.distance,
             iterations=descent.longest * each,
-            success=max(descent.close * unit, attack.certified),
+            success=attack.tolerance,
             falling=descent.falling,
+            close=descent.close * unit,
+            quick=descent.quick,
             progress=told,
         )
         costs = tuple(cost / unit for cost in match.losses)

@@ -321,6 +321,29 @@ def test_products_with_a_jacobian_made_once():
     torch.testing.assert_close(torch.stack([local.back(v) for v in torch.eye(4).double()]), jacobian)
 
 
+@pytest.mark.parametrize("decades", [2, 6])
+def test_rank_is_told_in_float32_only_where_that_is_enough(decades, monkeypatch):
+    """Singular values 1 to 10^-decades of a linear function of as many unknowns as are not decomposed by SVD."""
+    monkeypatch.setattr(least_squares, "SMALL", 4)
+    generator = derive_generator(0, "matrix")
+    sides = (torch.linalg.qr(torch.randn((n, n), dtype=torch.float64, generator=generator))[0] for n in (20, 6))
+    left, right = next(sides)[:, :6], next(sides)
+    wanted = torch.logspace(0, -decades, 6, dtype=torch.float64)
+    matrix = left * wanted @ right
+    seen: list[torch.dtype] = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(x.dtype)
+        return matrix.to(x) @ x
+
+    x = torch.ones(6, dtype=torch.float64)
+    spectrum = Recycled.at(function, function, x, 6, least_squares.Formed()).linear().spectrum()
+    assert spectrum is not None
+    assert spectrum.rank == 6
+    assert torch.allclose(spectrum.values, wanted, rtol=1e-3)
+    assert seen.count(torch.float64) == (3 if decades == 6 else 2)  # the residual, its slopes, and the Jacobian again
+
+
 # ------------------------------------------------------------------------------------------------ the equations
 def lenet(shape: tuple[int, int, int] = (3, 8, 8), **options: object) -> nn.Module:
     return build_model("lenet", image_shape=shape, num_classes=4, seed=0, **options)
@@ -542,6 +565,11 @@ def test_a_descent_ends_where_it_is_close_or_slow_or_long(make_update, random_im
     assert capped.costs[0] == pytest.approx(1.0)
     close = case.descend(start, Descent(longest=9, close=1.01 * capped.costs[1], falling=0.0), unit)
     assert len(close.costs) == 1 + 2  # the step in which it was seen
+    whole = case.descend(start, Descent(longest=9, close=0.0, falling=0.0), unit)
+    share = whole.costs[3] / whole.costs[2]
+    assert len(whole.costs) > len(close.costs)
+    quick = Descent(longest=9, close=1.01 * capped.costs[1], quick=1.0 - 1.01 * share, falling=0.0)
+    assert len(case.descend(start, quick, unit).costs) > len(close.costs)  # close, but still quick
     slow = case.descend(start, Descent(longest=9, close=0.0, falling=1.0), unit)
     assert len(slow.costs) == 1 + 11  # ten after the first one
 
