@@ -462,14 +462,15 @@ class RecycledLinear:
         return _squared(self.local.value + self.local.times(step))
 
     def spectrum(self) -> Spectrum | None:
-        """Of JᵀJ as it was formed, or is, in float32, if that is enough to tell the rank."""
+        """Of many unknowns from JᵀJ as it is formed in float32 here, if that is enough to tell the rank."""
         point, formed = self.point, self.point.formed
-        if formed.place is not point.x:
-            point.form()
-        if formed.gram is not None and len(formed.gram) > SMALL:
-            values = torch.linalg.eigvalsh(formed.gram).clamp_min(0.0).sqrt().flip(0)
-            if bool(values[-1] > SURE * values[0]):
-                return Spectrum(values, len(values))
+        if len(point.x) > SMALL:
+            if formed.place is not point.x:
+                point.form()
+            if formed.gram is not None:
+                values = torch.linalg.eigvalsh(formed.gram).clamp_min(0.0).sqrt().flip(0)
+                if bool(values[-1] > SURE * values[0]):
+                    return Spectrum(values, len(values))
         rows = jacobian_transposed(point.sketched, point.x, point.chunk)
         return DenseLinear.of(self.local.value.new_zeros(rows.shape[1]), rows).spectrum()
 

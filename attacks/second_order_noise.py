@@ -191,9 +191,8 @@ def search_noisy(case: Case) -> Reconstruction:
         return cost, begin(_split(place, shape))
 
     if case.descending:
-        return multistart(
-            case, solve, nearest_first(attack.restarts, approach, attack.restarts + 1), finish, 2 * pixels
-        )
+        ordered = nearest_first(attack.restarts, approach, waiting=attack.restarts)
+        return multistart(case, solve, ordered, finish, 2 * pixels)
     away = torch.zeros(pixels, dtype=problem.dtype, device=signal.device)
     plain = (signal * (2.0 * images - 1.0) + spread * noise for images, noise in zip(*starts.values(), strict=True))
     return multistart(case, solve, (torch.cat([x.reshape(-1), away]) for x in plain), finish, 2 * pixels)
