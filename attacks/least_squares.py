@@ -30,9 +30,10 @@ RENT, LEAST = 8, 32
 """A Jacobian of n columns is formed anew once n / RENT conjugate gradients, or LEAST if that is more, were preconditioned by
 the last one: they have then cost about as much as forming it does."""
 
-SMALL, SURE = 1024, 1e-4
-"""So few unknowns have their singular values by SVD of a Jacobian in full precision; more of them from one in float32, where
-the smallest is at least this share of the largest: a hundred times and more what rounding does to it."""
+SMALL, SURE, ROOTS = 1024, 1e-4, 1e-5
+"""So few unknowns have their singular values by SVD of a Jacobian in full precision. More of them from JᵀJ, where the smallest
+is at least this share of the largest: the second of a Jacobian in float32, the last in float64, ten times and more what
+rounding does to it; else by SVD all the same, which takes minutes."""
 
 LOOSE, TIGHT = 1e-2, 1e-4
 """How exactly preconditioned conjugate gradients solve for a step: the more so the nearer the search is to its end."""
@@ -201,13 +202,9 @@ class DenseLinear:
         return _squared(self.residual + step @ self.transposed)
 
     def spectrum(self) -> Spectrum | None:
-        """By SVD; beyond SMALL unknowns from JᵀJ, where values below 1e-8 of the largest are lost in rounding."""
         if not bool(self.transposed.isfinite().all()):
             return None
-        size = max(self.transposed.shape)
-        if len(self.transposed) <= SMALL:
-            return Spectrum(torch.linalg.svdvals(self.transposed), size)
-        return Spectrum(torch.linalg.eigvalsh(self.gram).clamp_min(0.0).sqrt().flip(0), size)
+        return Spectrum(singular_values(self.transposed), max(self.transposed.shape))
 
 
 @dataclass(frozen=True)
@@ -464,13 +461,12 @@ class RecycledLinear:
     def spectrum(self) -> Spectrum | None:
         """Of many unknowns from JᵀJ as it is formed in float32 here, if that is enough to tell the rank."""
         point, formed = self.point, self.point.formed
-        if len(point.x) > SMALL:
+        if len(point.x) > SMALL and point.x.dtype == torch.float64:
             if formed.place is not point.x:
                 point.form()
-            if formed.gram is not None:
-                values = torch.linalg.eigvalsh(formed.gram).clamp_min(0.0).sqrt().flip(0)
-                if bool(values[-1] > SURE * values[0]):
-                    return Spectrum(values, len(values))
+            values = None if formed.gram is None else _roots(formed.gram)
+            if values is not None and bool(values[-1] > SURE * values[0]):
+                return Spectrum(values, len(values))
         rows = jacobian_transposed(point.sketched, point.x, point.chunk)
         return DenseLinear.of(self.local.value.new_zeros(rows.shape[1]), rows).spectrum()
 
@@ -686,6 +682,21 @@ def _least_squares(matrix: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, int]
     rank = numerical_rank(values, max(matrix.shape))
     basis = q @ u[:, :rank]
     return basis, vh[:rank].T @ ((basis.T @ wanted) / values[:rank]), rank
+
+
+def singular_values(transposed: Tensor) -> Tensor:
+    """Of a matrix that is wider than high, descending; as exact as its rank demands (see SMALL)."""
+    if len(transposed) > SMALL:
+        roots = _roots(transposed.double() @ transposed.double().T)
+        if bool(roots[-1] > ROOTS * roots[0]):
+            return roots.to(transposed)
+    values: Tensor = torch.linalg.svdvals(transposed)
+    return values
+
+
+def _roots(gram: Tensor) -> Tensor:
+    values: Tensor = torch.linalg.eigvalsh(gram)
+    return values.clamp_min(0.0).sqrt().flip(0)
 
 
 def numerical_rank(values: Tensor, size: int, precision: float | None = None) -> int:

@@ -132,9 +132,13 @@ def _search_rounds(
         told.append((seen, with_timesteps(seen, model, task, other)))
     told.sort(key=lambda pair: _largest(pair[1].timesteps))
     ends: list[Reconstruction] = []
-    for seen, known in told:
+    for number, (seen, known) in enumerate(told):
+
+        def heard(done: int, total: int, cost: float, number: int = number) -> None:
+            progress(number * total + done, len(told) * total, cost)
+
         views = [View.of(attack, seen, model, task, known)]
-        case = Case(attack, views, mean_difference(knowledge), generator, progress, begun, first)
+        case = Case(attack, views, mean_difference(knowledge), generator, heard, begun, first)
         found = search_noisy(case) if "noise" in views[0].problem.unknown else _search_images(case)
         ends.append(found)
         if found.diagnostics["starts_succeeded"] > 0:

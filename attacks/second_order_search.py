@@ -35,9 +35,22 @@ BOXES = ("end", "step")
 WEIGHTS = {"entries": 0.0, "balanced": 0.5, "layers": 1.0}
 """How much a layer counts: its equations are divided by ‖g_layer‖ to this power."""
 
+COUNTS = {
+    "restarts": 1,
+    "inner_steps": 1,
+    "descent_iterations": 0,
+    "smoothing_iterations": 0,
+    "switching_iterations": 0,
+    "translations": 0,
+}
+"""Options that are whole numbers, and the least they may be; `iterations` is checked with all attacks'."""
+
 NEAR = 1e-3
 """A descent has come near a solution where it ends below this share of its start's cost, or of silence's where that is lower:
 others end at 0.01 to 0.2 of it."""
+
+NOISE = 1e-2
+"""On an image, to see whether the update depends on it at all."""
 
 EQUATIONS = 4096
 """A sketch keeps at least so many: they are cheap."""
@@ -109,11 +122,13 @@ class Options:
         for what, table, got in (("box", BOXES, self.box), ("weights", WEIGHTS, self.weights)):
             if got not in table:
                 raise FedattackError(one_of(what, table, got))
-        for name in ("sigma", "prior_weight", "translations", "descent_iterations"):
+        for name, least in COUNTS.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise FedattackError(must(name, f"a whole number of at least {least}", value))
+        for name in ("sigma", "prior_weight"):
             if (value := getattr(self, name)) is not None and not value >= 0:
                 raise FedattackError(must(name, "zero or positive", value))
-        if not isinstance(self.descent_iterations, int):
-            raise FedattackError(must("descent_iterations", "a whole number", self.descent_iterations))
         if not 0 < self.gates <= 1:
             raise FedattackError(must("gates", "a share above 0, at most 1", self.gates))
 
@@ -158,6 +173,12 @@ class View:
     def cost(self, guess: dict[str, Tensor]) -> float:
         with torch.no_grad():
             return squared(self.verdict.left(self.problem.simulated(guess)) - self.verdict.wanted)
+
+    def moved(self, guess: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+        """Whether two guesses have different updates, by more than rounding."""
+        with torch.no_grad():
+            one, two = (self.verdict.left(self.problem.simulated(there)) for there in (guess, other))
+        return float((one - two).norm()) > 100 * torch.finfo(one.dtype).eps * max(1.0, float(one.norm()))
 
 
 @dataclass(frozen=True)
@@ -216,6 +237,16 @@ class Case:
             most=self.attack.translations if self.noise == 0 else 0,
         )
 
+    def every_image_matters(self, guess: Mapping[str, Tensor]) -> bool:
+        """Whether a little noise on any one image moves the update: what is left to ask where rank is not computed."""
+        for number in range(len(guess["images"])):
+            images = guess["images"].clone()
+            noise = torch.randn(images[number].shape, generator=self.generator, dtype=images.dtype)
+            images[number] += NOISE * noise.to(images)
+            if not any(view.moved(guess, {**guess, "images": images}) for view in self.views):
+                return False
+        return True
+
     @property
     def noise(self) -> float:
         """On every equation of the first view, and of the others once they are scaled by `share`; 0: there is none."""
@@ -235,7 +266,8 @@ class Case:
         return sum(self.share(view) ** 2 * view.cost(guess) for view in self.views) / len(self.views)
 
     def tell(self, done: int, before: int, cost: float) -> None:
-        """Progress, never backwards: first a descent's steps for each start, then its trials and `before` more."""
+        """Progress, never backwards. Descents have the first part of it, though searches may come between them; then there are
+        `before` trials and those of the search, for each start."""
         each = self.attack.descent_iterations * self.descending + before + self.attack.iterations
         self.highest = min(self.attack.restarts * each, max(self.highest, done))
         self.progress(self.highest, self.attack.restarts * each, cost)
@@ -404,9 +436,11 @@ def multistart(
         diagnostics["rounds_seen"] = float(len(case.views))
     if case.noise > 0:
         diagnostics["chi_square"] = cost * len(case.views) / (case.noise**2 * case.count)
-    spectrum = solution.linear.spectrum() if attack.spectrum else None
+    spectrum = solution.point.linear().spectrum() if attack.spectrum and dense else None
     determined = unknowns <= case.count and not (attack.spectrum and dense and spectrum is None)
-    if spectrum is not None and len(spectrum.values) > 0:
+    if spectrum is None:
+        determined = determined and case.every_image_matters(guess)
+    elif len(spectrum.values) > 0:
         values, rank = spectrum.values, spectrum.rank
         columns = len(solution.x)
         determined = determined and rank == columns

@@ -50,4 +50,4 @@ def closest(name: str, allowed: Iterable[str]) -> str:
 def one_of(what: str, allowed: Iterable[str], got: str) -> str:
     """`must` for a name from a table, with the closest match offered."""
     names = sorted(allowed)
-    return must(what, "one of " + ", ".join(names), got) + closest(got, names)
+    return must(what, "one of " + ", ".join(names), got) + closest(str(got), names)

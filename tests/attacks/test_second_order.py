@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attacks import least_squares
+from attacks import least_squares, second_order
 from attacks.equations import Equations
 from attacks.least_squares import (
     LEAST,
@@ -24,7 +24,7 @@ from attacks.least_squares import (
 )
 from attacks.matching import pose
 from attacks.second_order import SecondOrder
-from attacks.second_order_search import Case, Descent, View, nearest_first
+from attacks.second_order_search import Case, Descent, View, nearest_first, searched
 from fedattack.errors import FedattackError, NotApplicable
 from fedattack.jacobians import Linearised, by_rows, jacobian_transposed
 from fedattack.metrics import match_batch, psnr_db
@@ -321,30 +321,52 @@ def test_products_with_a_jacobian_made_once():
     torch.testing.assert_close(torch.stack([local.back(v) for v in torch.eye(4).double()]), jacobian)
 
 
-@pytest.mark.parametrize("decades", [2, 6])
-def test_rank_is_told_in_float32_only_where_that_is_enough(decades, monkeypatch):
-    """Singular values 1 to 10^-decades of a linear function of as many unknowns as are not decomposed by SVD."""
-    monkeypatch.setattr(least_squares, "SMALL", 4)
-    generator = derive_generator(0, "matrix")
-    sides = (torch.linalg.qr(torch.randn((n, n), dtype=torch.float64, generator=generator))[0] for n in (20, 6))
-    left, right = next(sides)[:, :6], next(sides)
-    wanted = torch.logspace(0, -decades, 6, dtype=torch.float64)
-    matrix = left * wanted @ right
-    seen: list[torch.dtype] = []
+def linear_function(values: Tensor, seen: list[torch.dtype], seed: int = 0):
+    """A linear function with these singular values, of as many unknowns, into 20 equations; it notes what it was given."""
+    generator = derive_generator(seed, "matrix")
+    count = len(values)
+    sides = (torch.linalg.qr(torch.randn((n, n), dtype=torch.float64, generator=generator))[0] for n in (20, count))
+    left, right = next(sides)[:, :count], next(sides)
+    matrix = left * values @ right
 
     def function(x: Tensor) -> Tensor:
         seen.append(x.dtype)
         return matrix.to(x) @ x
 
-    x = torch.ones(6, dtype=torch.float64)
+    return function
+
+
+@pytest.mark.parametrize("decades", [2, 6, 9])
+def test_rank_is_told_in_float32_only_where_that_is_enough(decades, monkeypatch):
+    """Singular values 1 to 10^-decades of a linear function of as many unknowns as are not decomposed by SVD."""
+    monkeypatch.setattr(least_squares, "SMALL", 4)
+    wanted = torch.logspace(0, -decades, 6, dtype=torch.float64)
+    seen: list[torch.dtype] = []
+    function, x = linear_function(wanted, seen), torch.ones(6, dtype=torch.float64)
     spectrum = Recycled.at(function, function, x, 6, least_squares.Formed()).linear().spectrum()
     assert spectrum is not None
     assert spectrum.rank == 6
     assert torch.allclose(spectrum.values, wanted, rtol=1e-3)
-    assert seen.count(torch.float64) == (3 if decades == 6 else 2)  # the residual, its slopes, and the Jacobian again
+    assert seen.count(torch.float64) == (2 if decades == 2 else 3)  # the residual, its slopes, and the Jacobian again
 
 
-# ------------------------------------------------------------------------------------------------ the equations
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_dependent_unknown_is_never_counted(dtype, monkeypatch):
+    """Whatever rounding makes of the singular value that is zero."""
+    monkeypatch.setattr(least_squares, "SMALL", 4)
+    values = torch.linspace(1, 0, 10, dtype=torch.float64)
+    for seed in range(20):
+        function, x = linear_function(values, [], seed), torch.ones(10, dtype=dtype)
+        for kind in ("recycled", "dense"):
+            if kind == "recycled":
+                linear = Recycled.at(function, function, x, 10, least_squares.Formed()).linear()
+            else:
+                linear = Dense.at(function, x, 10).linear()
+            spectrum = linear.spectrum()
+            assert spectrum is not None
+            assert spectrum.rank == 9
+
+
 def lenet(shape: tuple[int, int, int] = (3, 8, 8), **options: object) -> nn.Module:
     return build_model("lenet", image_shape=shape, num_classes=4, seed=0, **options)
 
@@ -566,7 +588,7 @@ def test_a_descent_ends_where_it_is_close_or_slow_or_long(make_update, random_im
     close = case.descend(start, Descent(longest=9, close=1.01 * capped.costs[1], falling=0.0), unit)
     assert len(close.costs) == 1 + 2  # the step in which it was seen
     whole = case.descend(start, Descent(longest=9, close=0.0, falling=0.0), unit)
-    share = whole.costs[3] / whole.costs[2]
+    share = whole.costs[1] / whole.costs[0]
     assert len(whole.costs) > len(close.costs)
     quick = Descent(longest=9, close=1.01 * capped.costs[1], quick=1.0 - 1.01 * share, falling=0.0)
     assert len(case.descend(start, quick, unit).costs) > len(close.costs)  # close, but still quick
@@ -587,20 +609,48 @@ def test_a_descent_weighs_equations_as_the_search_does(make_update, random_image
     assert len(costs) == 2
 
 
-def test_starts_are_searched_in_the_order_of_where_their_descents_end(make_update, random_images, monkeypatch):
-    """In units of their own first cost, and where the box puts them."""
+@pytest.mark.parametrize(
+    ("box", "units", "order"), [("end", 1.0, [1, 0]), ("step", 1.0, [0, 1]), ("step", 1e-9, [1, 0])]
+)
+def test_starts_are_searched_in_the_order_of_where_their_descents_end(
+    box, units, order, make_update, random_images, monkeypatch
+):
+    """Where the box puts them, and in units of their own first cost; the first comes to images far outside of the box."""
     images, labels, model = random_images((1, 3, 8, 8)), torch.tensor([1]), lenet(channels=4)
-    ends = iter([torch.full((192,), 0.9).double(), images.double().reshape(-1) + 0.1 * torch.arange(192).cos()])
+    away = images.double().reshape(-1) + 0.3 * torch.arange(192).cos()
+    ends = [torch.where(away > 0.5, 5.0 * away + 1.0, away - 5.0), torch.full((192,), 0.9, dtype=torch.float64)]
+    given, unit, searches = iter(ends), iter([units, 1.0]), []
 
     def descend(case: Case, start: dict[str, Tensor], descent: Descent, unit: float) -> End:
-        return End(x=next(ends), costs=(1.0,), reason="stalled")
+        return End(x=next(given), costs=(1.0,), reason="stalled")
+
+    def noted(attack, at, start, *rest):
+        searches.append(start)
+        return searched(attack, at, start, *rest)
 
     monkeypatch.setattr(Case, "descend", descend)
-    attacked = SecondOrder(restarts=2, translations=0, iterations=1)
+    monkeypatch.setattr(Case, "unit", lambda case, start: next(unit))
+    monkeypatch.setattr(second_order, "searched", noted)
     update = make_update(model, images, labels)
-    found = attack(attacked, update, model, facts(images, labels))
-    assert found.diagnostics["starts"] == 2.0
-    assert found.losses[0] < 0.1  # of the second, which was the nearer
+    attack(SecondOrder(restarts=2, translations=0, iterations=1, box=box), update, model, facts(images, labels))
+    ends = [end.clamp(0.0, 1.0) for end in ends] if box == "step" else ends
+    assert [next(i for i, end in enumerate(ends) if torch.equal(end, start)) for start in searches] == order
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"restarts": 0},
+        {"restarts": 2.5},
+        {"translations": None},
+        {"descent_iterations": "20"},
+        {"box": 1},
+        {"inner_steps": True},
+    ],
+)
+def test_wrong_options_are_named(wrong):
+    with pytest.raises(FedattackError, match=next(iter(wrong))):
+        SecondOrder(**wrong)
 
 
 def test_nothing_is_certified_where_the_update_does_not_depend_on_the_images(make_update, random_images):
@@ -611,10 +661,12 @@ def test_nothing_is_certified_where_the_update_does_not_depend_on_the_images(mak
         with torch.no_grad():
             model.conv0.bias.fill_(bias)
         update = make_update(model, images, labels)
-        found = attack(SecondOrder(restarts=1, iterations=3), update, model, facts(images, labels))
-        assert found.diagnostics["loss"] < 1e-10
-        assert found.diagnostics["certified"] == 0.0
-        assert float(psnr_db(found.images, images)) < 20
+        for options in ({}, {"dense_limit": 100}, {"spectrum": False}):
+            quick = SecondOrder(restarts=1, iterations=3, switching_iterations=0, smoothing_iterations=0, **options)
+            found = attack(quick, update, model, facts(images, labels))
+            assert found.diagnostics["loss"] < 1e-10
+            assert found.diagnostics["certified"] == 0.0
+            assert float(psnr_db(found.images, images)) < 20
 
 
 def test_nothing_descends_to_fit_noise_or_across_kinks(make_update, random_images):
@@ -843,17 +895,31 @@ def test_two_rounds_tell_what_one_cannot(make_update, random_images):
     assert both.diagnostics["rank"] > alone.diagnostics["rank"]
 
 
-def test_the_easiest_round_of_a_diffusion_client_is_tried_first(random_images):
+def two_rounds(random_images):
+    """Images, model and task; the update of t = 900 and what is known, with an earlier update, of t = 30."""
     options = {"block_out_channels": (16,), "attention": (), "mid_attention": False, "norm_num_groups": 4}
     model = build_model("unet", image_shape=(1, 4, 4), num_classes=None, seed=0, **options).double()
     task, images = Diffusion(), random_images((1, 1, 4, 4))
     hard, easy = (diffusion_update(model, task, images, [t], seed=t)[1:] for t in (900, 30))
-    knowledge = replace(hard[1], timesteps=None, history=(easy[0],))
-    found = attack(SecondOrder(restarts=6), hard[0], model, knowledge, task)
+    return images, model, task, hard[0], replace(hard[1], timesteps=None, history=(easy[0],))
+
+
+def test_the_easiest_round_of_a_diffusion_client_is_tried_first(random_images):
+    images, model, task, update, knowledge = two_rounds(random_images)
+    found = attack(SecondOrder(restarts=6), update, model, knowledge, task)
     assert found.timesteps.tolist() == [30]
     assert found.diagnostics["rounds_seen"] == 2
     assert found.diagnostics["rounds_tried"] == found.diagnostics["certified"] == 1.0
     assert float(psnr_db(found.images, images)) > 80
+
+
+def test_progress_goes_through_all_rounds(random_images):
+    _, model, task, update, knowledge = two_rounds(random_images)
+    calls: list[tuple[int, int]] = []
+    brief = SecondOrder(restarts=1, iterations=2, descent_iterations=0, translations=0)
+    found = attack(brief, update, model, knowledge, task, progress=lambda done, total, _: calls.append((done, total)))
+    assert found.diagnostics["rounds_tried"] == 2
+    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def clipped(update: Update, norm: float) -> Update:
