@@ -98,7 +98,7 @@ class End:
 
 @dataclass(frozen=True, kw_only=True)
 class Solution(End):
-    """Where a search by Levenberg-Marquardt ended, with the point and the linear model there."""
+    """Where a search by Levenberg-Marquardt ended, with the point there and the linear model of its last step."""
 
     point: Point
     linear: Linear
