@@ -202,9 +202,7 @@ class DenseLinear:
         return _squared(self.residual + step @ self.transposed)
 
     def spectrum(self) -> Spectrum | None:
-        if not bool(self.transposed.isfinite().all()):
-            return None
-        return Spectrum(singular_values(self.transposed), max(self.transposed.shape))
+        return spectrum_of(self.transposed)
 
 
 @dataclass(frozen=True)
@@ -467,8 +465,7 @@ class RecycledLinear:
             values = None if formed.gram is None else _roots(formed.gram)
             if values is not None and bool(values[-1] > SURE * values[0]):
                 return Spectrum(values, len(values))
-        rows = jacobian_transposed(point.sketched, point.x, point.chunk)
-        return DenseLinear.of(self.local.value.new_zeros(rows.shape[1]), rows).spectrum()
+        return spectrum_of(jacobian_transposed(point.sketched, point.x, point.chunk))
 
 
 # ---------------------------------------------------------------------------------------------------- projected
@@ -684,14 +681,16 @@ def _least_squares(matrix: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, int]
     return basis, vh[:rank].T @ ((basis.T @ wanted) / values[:rank]), rank
 
 
-def singular_values(transposed: Tensor) -> Tensor:
-    """Of a matrix that is wider than high, descending; as exact as its rank demands (see SMALL)."""
+def spectrum_of(transposed: Tensor) -> Spectrum | None:
+    """As exact as the rank demands (see SMALL); None where the matrix is not finite."""
+    if not bool(transposed.isfinite().all()):
+        return None
+    size = max(transposed.shape)
     if len(transposed) > SMALL:
         roots = _roots(transposed.double() @ transposed.double().T)
         if bool(roots[-1] > ROOTS * roots[0]):
-            return roots.to(transposed)
-    values: Tensor = torch.linalg.svdvals(transposed)
-    return values
+            return Spectrum(roots.to(transposed), size)
+    return Spectrum(torch.linalg.svdvals(transposed), size)
 
 
 def _roots(gram: Tensor) -> Tensor:

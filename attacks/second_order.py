@@ -45,7 +45,7 @@ from fedattack.tasks import Task
 from fedattack.types import Knowledge, Progress, Reconstruction, Update, silent
 
 LONGEST, CLOSE, PRICE = 10, 1e-6, 160
-"""Of descents of images alone, see `descent`. On deep networks L-BFGS is ahead of Levenberg-Marquardt down to the second."""
+"""Of descents of images alone, see `_descent`. On deep networks L-BFGS is ahead of Levenberg-Marquardt down to the second."""
 
 WAITING = 3
 """So many starts that a descent did not bring near wait for nearer ones before one of them is searched all the same."""
@@ -157,7 +157,7 @@ def _largest(timesteps: Tensor | None) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------- images alone
-def descent(unknowns: int) -> Descent:
+def _descent(unknowns: int) -> Descent:
     """Below CLOSE a descent goes on while it gains a factor of ten for half the price of forming one Jacobian.
 
     That price is one step of L-BFGS (20 gradients) for every PRICE / 2 unknowns, as measured on a ConvNet at 32×32.
@@ -257,7 +257,7 @@ def _search_images(case: Case) -> Reconstruction:
     def approach(number: int) -> tuple[float, Tensor]:
         begun = {"images": starts[number].reshape(variable.shape)}
         unit = case.unit(begun)
-        place = case.descend(begun, descent(unknowns), unit).x
+        place = case.descend(begun, _descent(unknowns), unit).x
         place = place if box is None else place.clamp(*box)
         return case.distance_at({"images": place.reshape(variable.shape)}) / unit, place
 

@@ -47,7 +47,7 @@ def closest(name: str, allowed: Iterable[str]) -> str:
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
-def one_of(what: str, allowed: Iterable[str], got: str) -> str:
+def one_of(what: str, allowed: Iterable[str], got: object) -> str:
     """`must` for a name from a table, with the closest match offered."""
     names = sorted(allowed)
     return must(what, "one of " + ", ".join(names), got) + closest(str(got), names)

@@ -367,6 +367,7 @@ def test_a_dependent_unknown_is_never_counted(dtype, monkeypatch):
             assert spectrum.rank == 9
 
 
+# ------------------------------------------------------------------------------------------------ the equations
 def lenet(shape: tuple[int, int, int] = (3, 8, 8), **options: object) -> nn.Module:
     return build_model("lenet", image_shape=shape, num_classes=4, seed=0, **options)
 
