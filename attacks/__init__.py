@@ -15,6 +15,7 @@ ATTACKS: dict[str, str] = {
     "gg-cdm": "attacks.gg_cdm:GGCDM",
     "user-level": "attacks.user_level:UserLevel",
     "second-order": "attacks.second_order:SecondOrder",
+    "gaussian-map": "attacks.gaussian_map:GaussianMAP",
     "cocktail-party": "attacks.cocktail_party:CocktailParty",
     "spear": "attacks.spear:Spear",
     "unmixing": "attacks.unmixing:Unmixing",

@@ -13,6 +13,9 @@ SNAPSHOTS = 12
 MATCHING = "inverting-gradients"
 """The peer that matches gradients without a prior."""
 
+STATISTICAL = "gaussian-map"
+"""The peer whose prior is the mean and covariance of public images."""
+
 
 def usual_controls(
     attack: Any, *, shared: tuple[str, ...], alone: Mapping[str, Any], evaluations: int, jacobians: bool = False
@@ -26,17 +29,22 @@ def usual_controls(
     """
     own = ATTACKS.get(MATCHING).iterations if jacobians else 1
     budget = {"iterations": evaluations} if evaluations > own or not jacobians else {}
+    return [
+        prior_alone(attack, shared, alone),
+        Control("unrelated-update"),
+        Control("peer", "linear-leak", {}),
+        Control("peer", MATCHING, budget),
+    ]
+
+
+def prior_alone(attack: Any, shared: tuple[str, ...], alone: Mapping[str, Any]) -> Control:
+    """The same attack with its fields `shared`, where they are not the defaults, and those of `alone`."""
     changed = {
         field.name: getattr(attack, field.name)
         for field in fields(attack)
         if field.name in shared and (field.default is MISSING or getattr(attack, field.name) != field.default)
     }
-    return [
-        Control("prior-alone", parameters={**changed, **alone}),
-        Control("unrelated-update"),
-        Control("peer", "linear-leak", {}),
-        Control("peer", MATCHING, budget),
-    ]
+    return Control("prior-alone", parameters={**changed, **alone})
 
 
 def snapshot_steps(steps: int) -> tuple[int, ...]:

@@ -25,11 +25,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attacks.controls import snapshot_steps, usual_controls
+from attacks.coefficients import Cosines, Equations
+from attacks.controls import STATISTICAL, snapshot_steps, usual_controls
+from attacks.image_statistics import Gaussian
 from attacks.labels import infer_labels
 from attacks.matching import DISTANCES, Match, Problem, objective, pose, reconstruction, silence_cost
+from attacks.most_probable import Search, smoothed_copies
 from attacks.noise import noise_level
-from attacks.posterior import Cosines, Equations, Likelihood, linearise
+from attacks.posterior import Likelihood, linearise
 from attacks.starting import first_guess, random_start
 from fedattack.errors import FedattackError, NotApplicable, must, one_of
 from fedattack.priors import Prior, denoise, load_prior, sample, sampling_timesteps, signal_shares, step_noise
@@ -89,6 +92,8 @@ class GGCDM:
     start_at: float = 0.3
     sigma: float | None = None
     linearisations: int = 4
+    descent_iterations: int = 100
+    smoothing_steps: int = 7
     iterations: int = 24
     inner_steps: int = 100
     dense_limit: int = 4096
@@ -110,6 +115,9 @@ class GGCDM:
         for name in ("sampling_steps", "restarts", "linearisations", "iterations", "inner_steps"):
             if getattr(self, name) < 1:
                 raise FedattackError(must(name, "a whole number of at least 1", getattr(self, name)))
+        for name in ("descent_iterations", "smoothing_steps"):
+            if getattr(self, name) < 0:
+                raise FedattackError(must(name, "a whole number of at least 0", getattr(self, name)))
         for name in ("eta", "mixing", "start_at"):
             if not 0 <= getattr(self, name) <= 1:
                 raise FedattackError(must(name, "in [0, 1]", getattr(self, name)))
@@ -132,7 +140,8 @@ class GGCDM:
 
     def controls(self) -> Sequence[Control]:
         """None for guidance "none", which is one. Where chains are averaged, so are those of the prior alone; the attack that
-        they start from is a peer. The posterior's Jacobians are not counted, but its peer gets its own default at least.
+        they start from is a peer, and so is what a Gaussian of public images finds. The posterior's Jacobians are not counted,
+        but gradient matching gets its own default at least.
         """
         if self.guidance == "none":
             return ()
@@ -142,6 +151,7 @@ class GGCDM:
             alone |= {"restarts": self.restarts, "average": True}
         evaluations, jacobians = self.sampling_steps * self.restarts, self.guidance == "posterior"
         made = usual_controls(self, shared=shared, alone=alone, evaluations=evaluations, jacobians=jacobians)
+        made.append(Control("peer", STATISTICAL, {}))
         if self.start_from != NOISE:
             made.append(Control("peer", *parse_spec(self.start_from)))
         return made
@@ -336,7 +346,7 @@ def by_posterior(
             guess = chain.clean(x, now).to(chain.problem.dtype)
         anchors, spread = basis.forward(guess).flatten(1), variances[number].repeat(chain.shape[1])
         if number in due or likelihood is None:
-            likelihood = _renewed(attack, equations, likelihood, anchors.mean(0), means, spread, sigma)
+            likelihood = _renewed(chain, equations, likelihood, anchors.mean(0), means, spread, sigma)
             trials += likelihood.trials
         means = likelihood.mean(anchors, spread)
         clean = basis.back(means.reshape(x.shape))
@@ -377,7 +387,7 @@ def errors(chain: Chain, public: Tensor | None, basis: Cosines) -> Tensor:
 
 
 def _renewed(
-    attack: GGCDM,
+    chain: Chain,
     equations: Equations,
     before: Likelihood | None,
     anchor: Tensor,
@@ -385,13 +395,19 @@ def _renewed(
     variances: Tensor,
     sigma: float | None,
 ) -> Likelihood:
+    attack, descent = chain.attack, None
+    if before is None and attack.descent_iterations:
+        prior = Gaussian.diagonal(*(vector.reshape(chain.shape[1], -1) for vector in (anchor, variances.sqrt())))
+        copies = smoothed_copies(equations, prior, attack.smoothing_steps, chain.generator)
+        descent = Search(equations, copies, prior, sigma, attack.descent_iterations, silent)
     return linearise(
         equations,
         anchor if before is None else means.mean(0),
         anchor,
         variances,
         sigma=sigma,
-        assumed=None if before is None else before.sigma,
+        before=before,
+        descent=descent,
         iterations=attack.iterations if before is None else 0,
         inner=attack.inner_steps,
         dense_limit=attack.dense_limit,

@@ -14,7 +14,7 @@ not the attacked one is used only where the attacker knows one (`Knowledge.prior
 ε known up to 1e-4, t fixed, and an untrained network attacked.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import ClassVar
@@ -22,6 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from attacks.controls import prior_alone
 from attacks.matching import (
     DISTANCES,
     Distance,
@@ -34,10 +35,15 @@ from attacks.matching import (
     silence_cost,
 )
 from attacks.timestep_sources import SOURCES, check_source, settle_timesteps
-from fedattack.errors import FedattackError, must
+from fedattack.errors import FedattackError, must, one_of
 from fedattack.priors import Noises, Prior, draw_noises, load_prior, prior_of, sample, step_bytes
 from fedattack.tasks import Task
-from fedattack.types import Knowledge, Progress, Reconstruction, Update, silent
+from fedattack.types import Control, Knowledge, Progress, Reconstruction, Update, silent
+
+GUIDANCES = ("matching", "none")
+
+MATCHING = "invg-dm"
+"""The peer that matches gradients without a prior: the paper's own baseline."""
 
 Decode = Callable[[Tensor], Tensor]
 """Images (R,B,C,H,W) in [0, 1] from what a phase searches in, differentiable in it."""
@@ -52,7 +58,8 @@ class GIDM:
     timesteps: "leak", "relaxed" (real numbers) or "argmax". eta: 0 DDIM, 1 DDPM, its noise drawn once. clip: the sampler cuts
     its estimates of the image to [−1, 1], as diffusers does by default (without it small models sample nothing like images).
     boxed: pixels are projected to [0, 1] in the fine-tuning phase. start: of the pixels where there is no generative phase.
-    memory_mib: what the sampler may keep for the way back; steps past it run twice.
+    memory_mib: what the sampler may keep for the way back; steps past it run twice. guidance: "matching", or "none": what the
+    sampler makes of the first latent, without a look at the update.
     """
 
     name: ClassVar[str] = "gidm"
@@ -75,15 +82,34 @@ class GIDM:
     start: str = "uniform"
     restarts: int = 1
     memory_mib: float = 1024.0
+    guidance: str = "matching"
     precision: str | None = None
 
     def __post_init__(self) -> None:
+        if self.guidance not in GUIDANCES:
+            raise FedattackError(one_of("guidance", GUIDANCES, self.guidance))
         check_options(self.distance, self.start, self.generative_iterations + self.fine_tuning_iterations)
         check_source(self.timesteps, (*SOURCES, "argmax"))
         least = {"generative_iterations": 0, "fine_tuning_iterations": 0, "interval": 1, "sampling_steps": 1, "eta": 0}
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise FedattackError(must(name, f"at least {value}", getattr(self, name)))
+
+    @property
+    def iterations(self) -> tuple[int, int]:
+        """Of the generative and of the fine-tuning phase."""
+        return (0, 0) if self.guidance == "none" else (self.generative_iterations, self.fine_tuning_iterations)
+
+    def controls(self) -> Sequence[Control]:
+        """What the prior makes without the update and of another client's, and matching without a prior, as many iterations."""
+        if self.guidance == "none" or not self.generative_iterations:
+            return ()
+        iterations = self.restarts * (self.generative_iterations + self.fine_tuning_iterations)
+        return (
+            prior_alone(self, ("sampling_steps", "eta", "clip", "precision"), {"guidance": "none"}),
+            Control("unrelated-update"),
+            Control("peer", MATCHING, {"iterations": iterations}),
+        )
 
     def reconstruct(
         self,
@@ -108,27 +134,28 @@ class GIDM:
         phases = Phases(problem, DISTANCES[self.distance], self, progress)
         pixels = values.pop("images")
         losses: list[Tensor] = []
-        if self.generative_iterations:
+        generative, fine_tuning = self.iterations
+        if generative or self.guidance == "none":
             prior = _prior(update, model, task, knowledge, pixels)
             diagnostics["prior_is_sent"] = float(prior.source == "sent")
             latent = torch.randn(pixels.shape, generator=generator, dtype=problem.dtype).to(pixels.device)
             decode = sampler_of(self, prior, latent, generator)
-            latent, values, history = phases.search(latent, values, decode, self.generative_iterations, False)
+            latent, values, history = phases.search(latent, values, decode, generative, False)
             with torch.no_grad():
                 pixels = decode(latent)
             losses.append(history)
             diagnostics["generative_loss"] = float(history[-1].min())
-        if self.fine_tuning_iterations:
-            pixels, values, history = phases.search(pixels, values, None, self.fine_tuning_iterations, self.boxed)
+        if fine_tuning:
+            pixels, values, history = phases.search(pixels, values, None, fine_tuning, self.boxed)
             losses.append(history)
             diagnostics["fine_tuning_loss"] = float(history[-1].min())
         final = losses[-1][-1]
-        best = int(final.argmin())
+        best = 0 if self.guidance == "none" else int(final.argmin())
         guess = {"images": pixels, **{name: as_private(name, value) for name, value in values.items()}}
         match = Match(
             guess={name: value[best].detach() for name, value in guess.items()},
             losses=tuple(torch.cat(losses)[:, best].tolist()),
-            steps=self.generative_iterations + self.fine_tuning_iterations,
+            steps=generative + fine_tuning,
             restart_losses=tuple(final.tolist()),
         )
         found = reconstruction(problem, match, perf_counter() - begun)

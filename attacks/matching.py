@@ -6,10 +6,11 @@
 carries a leading restart axis R; restarts run together through `torch.func.vmap` where the model allows it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -308,6 +309,36 @@ def adam(
     return _best(guesses, torch.stack(history), iterations)
 
 
+def outer_steps(
+    loss: Callable[[], Tensor],
+    leaves: list[Tensor],
+    *,
+    learning_rate: float = 1.0,
+    history_size: int = 100,
+    inner: int = 20,
+    line_search: bool = True,
+) -> Iterator[float]:
+    """L-BFGS on leaves in place, without end: the loss before each outer step of up to `inner` steps, once it is made."""
+    optimizer = torch.optim.LBFGS(
+        leaves,
+        lr=learning_rate,
+        max_iter=inner,
+        history_size=history_size,
+        tolerance_grad=0.0,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe" if line_search else None,
+    )
+
+    def closure() -> Tensor:
+        found = loss()
+        for leaf, slope in zip(leaves, torch.autograd.grad(found, leaves), strict=True):
+            leaf.grad = slope
+        return found.detach()
+
+    while True:
+        yield float(optimizer.step(closure))  # type: ignore[no-untyped-call]
+
+
 def lbfgs(
     problem: Problem,
     start: Mapping[str, Tensor],
@@ -339,19 +370,17 @@ def lbfgs(
     ends, histories, final = [], [], []
     for restart in range(restarts):
         guess = {name: value[restart : restart + 1].clone().requires_grad_() for name, value in start.items()}
-        optimizer = torch.optim.LBFGS(
+        steps = outer_steps(
+            partial(_scaled, losses_of, guess, scale),
             list(guess.values()),
-            lr=learning_rate,
-            max_iter=inner,
+            learning_rate=learning_rate,
             history_size=history_size,
-            tolerance_grad=0.0,
-            tolerance_change=0.0,
-            line_search_fn="strong_wolfe" if line_search else None,
+            inner=inner,
+            line_search=line_search,
         )
         history: list[float] = []
-        for iteration in range(iterations):
-            before = optimizer.step(partial(_closure, losses_of, guess, scale))  # type: ignore[no-untyped-call]
-            loss = float(before) / scale
+        for iteration, before in enumerate(islice(steps, iterations)):
+            loss = before / scale
             history.append(loss)
             progress(restart * iterations + iteration + 1, restarts * iterations, loss)
             slow = falling > 0 and len(history) > SLOW and history[-1] > (1.0 - falling) * history[-1 - SLOW]
@@ -395,11 +424,9 @@ def reconstruction(problem: Problem, match: Match, seconds: float) -> Reconstruc
     )
 
 
-def _closure(losses_of: Callable[..., Tensor], guess: dict[str, Tensor], scale: float) -> Tensor:
-    loss: Tensor = scale * losses_of(guess).sum()
-    for value, gradient in zip(guess.values(), torch.autograd.grad(loss, list(guess.values())), strict=True):
-        value.grad = gradient
-    return loss.detach()
+def _scaled(losses_of: Callable[..., Tensor], guess: dict[str, Tensor], scale: float) -> Tensor:
+    found: Tensor = scale * losses_of(guess).sum()
+    return found
 
 
 def _moving(history: list[float], patience: int = 3) -> bool:

@@ -4,32 +4,34 @@
     mean of u under it and N(anchor, diag(c)):  (JᵀJ/σ² + diag(1/c))·u = Jᵀ(y − A(u₀) + J·u₀)/σ² + anchor/c
 
 Every direction of the images is weighted by what the noise leaves of it: the update decides where its information JᵀJ/σ²
-exceeds the anchor's 1/c, the anchor decides elsewhere. u are coefficients of cosines over the picture and of brightness and
-two colour differences, in which the errors of a guess at natural images are nearly uncorrelated, and very unequal: c is
-large for the coarse and small for the fine. J is formed whole, or conjugate gradients use products with it.
+exceeds the anchor's 1/c, the anchor decides elsewhere. u are coefficients of cosines (attacks/coefficients.py). J is formed
+whole, or conjugate gradients use products with it.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from attacks.coefficients import Equations
 from attacks.least_squares import Dense, MatrixFree, Point, conjugate_gradients, levenberg_marquardt
-from attacks.matching import Problem
+from attacks.most_probable import Search
 from fedattack.errors import NotApplicable
 from fedattack.jacobians import Linearised, jacobian_transposed
-from fedattack.types import State
 
-JACOBIAN = 1 << 27
-"""How many numbers a whole Jacobian may hold."""
+JACOBIAN = 3 << 30
+"""How many bytes a whole Jacobian may take; where it is formed for every step of a search, each number counts for six."""
+
+STORED = 4
+"""Bytes of a number in a Jacobian that is kept."""
+
+PIECE = 8192
+"""Its columns that are multiplied at once, in full precision."""
 
 ENTRIES = 1 << 24
 """How many numbers one chunk of its rows may hold."""
-
-ROUNDING = 4.0
-"""Least noise, in units in the last place of the update's own rms."""
 
 GUESSES = 3
 """Times that an unknown noise level is read off the residuals at the first linearisation; once at each later one."""
@@ -37,69 +39,11 @@ GUESSES = 3
 SIGNIFICANT = 1.0
 """What a step must promise in units of the noise, or the search for the point of linearisation ends."""
 
+DOUBT = 5.0
+"""Standard deviations that a misfit may have more than noise, and still be noise."""
+
 CONVERGED = 1e-4
 """How exactly conjugate gradients solve."""
-
-
-# ------------------------------------------------------------------------------------------------ coefficients
-@dataclass(frozen=True)
-class Cosines:
-    """Orthonormal: images (…,C,H,W) to coefficients of the same shape and back; DCT-II of both sides, and of the channels."""
-
-    channels: Tensor
-    rows: Tensor
-    columns: Tensor
-
-    @staticmethod
-    def of(shape: tuple[int, int, int], like: Tensor) -> "Cosines":
-        return Cosines(*(dct(size).to(like) for size in shape))
-
-    def forward(self, images: Tensor) -> Tensor:
-        found: Tensor = torch.einsum("ij,...jkl->...ikl", self.channels, self.rows @ images @ self.columns.T)
-        return found
-
-    def back(self, coefficients: Tensor) -> Tensor:
-        found: Tensor = torch.einsum("ji,...jkl->...ikl", self.channels, self.rows.T @ coefficients @ self.columns)
-        return found
-
-
-def dct(size: int) -> Tensor:
-    """The orthonormal DCT-II, (size, size) float64; of three channels: brightness, red − blue, green − magenta."""
-    k, n = torch.arange(size, dtype=torch.float64)[:, None], torch.arange(size, dtype=torch.float64)
-    matrix = (math.pi / size * (n + 0.5) * k).cos() * math.sqrt(2.0 / size)
-    matrix[0] /= math.sqrt(2.0)
-    return matrix
-
-
-# ------------------------------------------------------------------------------------------------ the update
-@dataclass(frozen=True)
-class Equations:
-    """A(u) = y + noise for one update, u the coefficients of its images (B,C,H,W), in [−1, 1], as one vector."""
-
-    problem: Problem
-    basis: Cosines
-    observed: Tensor
-    rounding: float
-
-    @staticmethod
-    def of(problem: Problem, sent: torch.dtype) -> "Equations":
-        """`sent`: the precision in which the update came, whose rounding is noise. Raises NotApplicable for silence."""
-        observed = _flat(problem.observed, list(problem.observed))
-        rms = float(observed.square().mean().sqrt())
-        if not 0.0 < rms < math.inf:
-            raise NotApplicable("the update is zero or not finite: there is nothing to solve for")
-        channels, height, width = problem.unknown["images"].shape[1:]
-        basis = Cosines.of((channels, height, width), observed)
-        return Equations(problem, basis, observed, ROUNDING * torch.finfo(sent).eps * rms)
-
-    def simulated(self, u: Tensor, transformable: bool = True) -> Tensor:
-        images = 0.5 + 0.5 * self.basis.back(u.reshape(self.problem.unknown["images"].shape))
-        state = self.problem.simulated({"images": images}, transformable=transformable)
-        return _flat(state, list(self.problem.observed))
-
-
-def _flat(state: State, names: list[str]) -> Tensor:
-    return torch.cat([state[name].reshape(-1) for name in names])
 
 
 @dataclass(frozen=True)
@@ -123,38 +67,46 @@ def linearise(
     variances: Tensor,
     *,
     sigma: float | None,
-    assumed: float | None,
+    before: Likelihood | None,
+    descent: Search | None,
     iterations: int,
     inner: int,
     dense_limit: int,
 ) -> Likelihood:
     """The likelihood around the maximum a posteriori under N(anchor, diag(variances)), searched from `start`.
 
-    start, anchor, variances (n,). iterations: trial steps, 0 to stay at `start`. sigma: of the noise, None where it must be
-    read off the residuals, `assumed` then being the last such reading (None: the first).
+    start, anchor, variances (n,). descent: a search under this prior, far cheaper than the trial steps of Levenberg-Marquardt
+    that follow (iterations; none of both: stay at `start`). sigma: of the noise, None where it must be read off the residuals.
+    before: the last linearisation, whose noise level is the first guess; it stays where `start` explains the update neither
+    better than its point nor down to the noise (where gradients jump, one step away is another world).
     """
     count, unknowns = len(equations.observed), len(start)
-    dense = unknowns <= dense_limit and unknowns * count <= JACOBIAN
+    dense, whole = (unknowns <= dense_limit and unknowns * count * size <= JACOBIAN for size in (STORED, 6 * STORED))
     chunk = max(1, min(64, ENTRIES // count))
     rms = float(equations.observed.square().mean().sqrt())
-    level = max(sigma if sigma is not None else (assumed or rms), equations.rounding)
-    point, trials, misfit = start, 0, math.inf
+    assumed = before.sigma if before is not None else rms
+    level = max(sigma if sigma is not None else assumed, equations.rounding)
+    point, trials, misfit = start, 0, _misfit(equations, start)
+    if before is not None and misfit > max(before.misfit, level**2 * (count + DOUBT * math.sqrt(2.0 * count))):
+        return replace(before, trials=0)
     spread = variances.sqrt()
 
     def stacked(w: Tensor) -> Tensor:
-        off = equations.simulated(anchor + spread * w, transformable=dense) - equations.observed
+        off = equations.simulated(anchor + spread * w, transformable=whole) - equations.observed
         return torch.cat([off / level, w])
 
     def at(w: Tensor) -> Point:
-        return Dense.at(stacked, w, chunk) if dense else MatrixFree.at(stacked, w, inner)
+        return Dense.at(stacked, w, chunk) if whole else MatrixFree.at(stacked, w, inner)
 
-    for _ in range(1 if sigma is not None or assumed is not None else GUESSES):
+    if descent is not None:
+        end = descent.run(((point - anchor) / spread).reshape(descent.prior.mean.shape))
+        point, level = anchor + spread * end.w.reshape(-1), end.sigma
+    for _ in range(1 if sigma is not None or before is not None else GUESSES):
         if iterations:
             begin = (point - anchor) / spread
             found = levenberg_marquardt(at, begin, iterations=iterations, tolerance=0.0, significant=SIGNIFICANT)
             point, trials = anchor + spread * found.x, trials + len(found.costs) - 1
-        with torch.no_grad():
-            misfit = float((equations.simulated(point) - equations.observed).square().sum())
+        misfit = _misfit(equations, point)
         if sigma is None:
             free = max(count - unknowns, count // 4, 1)
             level = max(math.sqrt(misfit / free), equations.rounding)
@@ -162,14 +114,25 @@ def linearise(
     return Likelihood(point, level, misfit, trials, made)
 
 
+@torch.no_grad()
+def _misfit(equations: Equations, point: Tensor) -> float:
+    found = float((equations.simulated(point) - equations.observed).square().sum())
+    return found if math.isfinite(found) else math.inf
+
+
 def _dense(equations: Equations, point: Tensor, sigma: float, chunk: int) -> Callable[[Tensor, Tensor], Tensor]:
     with torch.no_grad():
-        left = equations.observed - equations.simulated(point)
-        transposed = jacobian_transposed(equations.simulated, point, chunk)
+        left = (equations.observed - equations.simulated(point)) / sigma
+        # kept in float32, whose rounding is that of a slightly different J; what is summed over its entries is not
+        transposed = jacobian_transposed(lambda u: (equations.simulated(u) / sigma).float(), point, chunk)
         if not bool(transposed.isfinite().all()):
             raise NotApplicable("the update's derivative is not finite")
-        told = transposed @ transposed.T / sigma**2
-        right = transposed @ left / sigma**2 + told @ point
+        told, right = point.new_zeros(len(point), len(point)), torch.zeros_like(point)
+        pieces = (torch.split(tensor, PIECE, dim=-1) for tensor in (transposed, left))
+        for rows, some in zip(*pieces, strict=True):
+            rows = rows.to(point)
+            told, right = told.addmm_(rows, rows.T), right + rows @ some
+        right = right + told @ point
 
     def mean(anchors: Tensor, variances: Tensor) -> Tensor:
         # in units of the anchor's spread, where the smallest eigenvalue is 1

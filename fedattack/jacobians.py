@@ -27,20 +27,23 @@ def by_rows(
     row: Function, count: int, chunk: int, like: Tensor, told: Callable[[int], None] = lambda rows: None
 ) -> Tensor:
     """row(e_i) for every unit vector e_i of so many entries, stacked; vmapped over `chunk` of them where the model can."""
-    parts: list[Tensor] = []
+    rows: Function = vmap(row)
     with torch.no_grad():
         try:
-            for start in range(0, count, chunk):
-                parts.append(vmap(row)(_units(start, min(start + chunk, count), count, like)))
-                told(min(start + chunk, count))
+            first = rows(_units(0, min(chunk, count), count, like))
         except (RuntimeError, ValueError) as reason:
             if "vmap" not in str(reason) and "batch" not in str(reason):
                 raise
-            parts = []
-            for i in range(count):
-                parts.append(row(_units(i, i + 1, count, like)[0])[None])
-                told(i + 1)
-    return torch.cat(parts)
+            rows, chunk = (lambda unit: row(unit[0])[None]), 1
+            first = rows(_units(0, 1, count, like))
+        found = first.new_empty(count, first.shape[1])  # filled in place: a list of parts would take the memory twice
+        found[: len(first)] = first
+        told(len(first))
+        for start in range(len(first), count, chunk):
+            stop = min(start + chunk, count)
+            found[start:stop] = rows(_units(start, stop, count, like))
+            told(stop)
+    return found
 
 
 def _units(start: int, stop: int, count: int, like: Tensor) -> Tensor:

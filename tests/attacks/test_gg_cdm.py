@@ -9,9 +9,10 @@ from attack_cases import Case, prior_of
 from conftest import update_from
 from torch import Tensor, nn
 
+from attacks.coefficients import Cosines, Equations, dct
 from attacks.gg_cdm import GGCDM, Chain, by_posterior, errors, on_the_sphere
 from attacks.matching import pose
-from attacks.posterior import Cosines, Equations, dct, linearise
+from attacks.posterior import linearise
 from fedattack.errors import FedattackError, MissingKnowledge
 from fedattack.jobs import attack_update
 from fedattack.metrics import psnr_db
@@ -229,6 +230,7 @@ def test_controls_are_named_by_the_attack():
         ("unrelated-update", "", None),
         ("peer", "linear-leak", {}),
         ("peer", "inverting-gradients", {"iterations": 60}),
+        ("peer", "gaussian-map", {}),
     ]
     assert GGCDM(**controls[0].parameters).controls() == ()
 
@@ -240,15 +242,21 @@ def test_the_controls_of_an_average_and_of_a_start_are_as_strong_as_they():
         alone, _, _, *peers = GGCDM(sampling_steps=10, **settings).controls()
         return alone.parameters, [(peer.kind, peer.attack, peer.parameters) for peer in peers]
 
-    matching = ("peer", "inverting-gradients")
+    matching, statistical = ("peer", "inverting-gradients"), ("peer", "gaussian-map", {})
     averaged = {"guidance": "none", "sampling_steps": 10, "restarts": 3, "average": True}
-    assert found(guidance="posterior", restarts=3) == (averaged, [(*matching, {})])
-    assert found(average=True, restarts=3) == (averaged, [(*matching, {"iterations": 30})])
+    assert found(guidance="posterior", restarts=3) == (averaged, [(*matching, {}), statistical])
+    assert found(average=True, restarts=3) == (averaged, [(*matching, {"iterations": 30}), statistical])
     single = {"guidance": "none", "sampling_steps": 10}
-    assert found(guidance="posterior") == (single, [(*matching, {})])
-    assert found(guidance="posterior", restarts=481, average=False) == (single, [(*matching, {"iterations": 4810})])
+    assert found(guidance="posterior") == (single, [(*matching, {}), statistical])
+    assert found(guidance="posterior", restarts=481, average=False) == (
+        single,
+        [(*matching, {"iterations": 4810}), statistical],
+    )
     started = found(start_from="second-order(restarts=2)")
-    assert started == (single, [(*matching, {"iterations": 10}), ("peer", "second-order", {"restarts": 2})])
+    assert started == (
+        single,
+        [(*matching, {"iterations": 10}), statistical, ("peer", "second-order", {"restarts": 2})],
+    )
 
 
 def test_a_chain_starts_where_another_attack_ended(patches):
@@ -302,7 +310,7 @@ def test_the_mean_is_that_of_a_product_of_gaussians(dense_limit):
     generator = derive_generator(1, "anchors")
     anchors = torch.randn(2, math.prod(SHAPE), generator=generator, dtype=torch.float64)
     variances = 0.01 + 0.1 * torch.rand(math.prod(SHAPE), generator=generator, dtype=torch.float64)
-    settings = {"assumed": None, "iterations": 3, "inner": 800, "dense_limit": dense_limit}
+    settings = {"before": None, "descent": None, "iterations": 3, "inner": 800, "dense_limit": dense_limit}
     likelihood = linearise(equations, 0 * anchors[0], anchors[0], variances, sigma=sigma, **settings)
     told = equations.matrix.T @ equations.matrix / sigma**2
     for anchor, found in zip(anchors, likelihood.mean(anchors, variances), strict=True):
@@ -315,7 +323,7 @@ def test_the_mean_is_that_of_a_product_of_gaussians(dense_limit):
 def test_an_unknown_noise_level_is_read_off_the_residuals():
     for sigma in (0.02, 0.5):
         equations, u = linear_equations(rows=1500, sigma=sigma)
-        settings = {"assumed": None, "iterations": 10, "inner": 100, "dense_limit": 1000}
+        settings = {"before": None, "descent": None, "iterations": 10, "inner": 100, "dense_limit": 1000}
         likelihood = linearise(equations, 0 * u, 0 * u, torch.full_like(u, VARIANCE), sigma=None, **settings)
         assert likelihood.sigma == pytest.approx(sigma, rel=0.06)
 
@@ -362,7 +370,14 @@ def test_chains_are_samples_of_the_posterior_and_their_mean_is_its_mean(random_i
     monkeypatch.setattr(Chain, "distances", lambda chain, images: torch.zeros(len(images)))  # of no interest here
     sigma, chains = 0.5, 80
     equations, _ = linear_equations(sigma=sigma)
-    settings = {"clip": False, "sampling_steps": 200, "restarts": chains, "linearisations": 1, "iterations": 2}
+    settings = {
+        "clip": False,
+        "sampling_steps": 200,
+        "restarts": chains,
+        "linearisations": 1,
+        "iterations": 2,
+        "smoothing_steps": 0,
+    }
     precision = equations.matrix.T @ equations.matrix / sigma**2 + torch.eye(math.prod(SHAPE)) / VARIANCE
     covariance = torch.linalg.inv(precision)
     exact = covariance @ (equations.matrix.T @ equations.observed) / sigma**2

@@ -298,6 +298,34 @@ def test_baselines_find_the_image_when_noise_and_timestep_are_known():
     assert (DLGdm().distance, InvGdm().distance) == ("l2", "cosine")
 
 
+def test_controls_are_the_prior_alone_another_update_and_the_papers_baseline():
+    attack = GIDM(generative_iterations=3, fine_tuning_iterations=2, sampling_steps=2, restarts=2, interval=1)
+    controls = attack.controls()
+    assert [(control.kind, control.attack, control.parameters) for control in controls] == [
+        ("prior-alone", "", {"sampling_steps": 2, "guidance": "none"}),
+        ("unrelated-update", "", None),
+        ("peer", "invg-dm", {"iterations": 10}),
+    ]
+    assert GIDM(**controls[0].parameters).controls() == ()
+    assert GIDM(generative_iterations=0).controls() == ()  # no prior in it
+    InvGdm(**controls[2].parameters)
+
+
+@pytest.mark.parametrize("attack", [GIDM, Generative])
+def test_without_guidance_it_is_the_sampler_whatever_the_update(attack):
+    alone = attack(guidance="none", **QUICK)
+    found, _ = run(alone)
+    model, _, knowledge, _ = case()
+    other = case(seed=1)[1]
+    led_by_other = alone.reconstruct(other, model, TASK, knowledge, generator=derive_generator(0, "attack"))
+    assert torch.equal(found.images, led_by_other.images)
+    assert found.steps == 0
+    matched, _ = run(
+        attack(generative_iterations=2, **({"fine_tuning_iterations": 0} if attack is GIDM else {}), **QUICK)
+    )
+    assert not torch.allclose(found.images, matched.images, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["gidm", "generative", "dlg-dm", "invg-dm"])
 def test_classifiers_are_refused(name):
     from fedattack.registry import ATTACKS
@@ -323,6 +351,7 @@ def test_classifiers_are_refused(name):
         ({"sampling_steps": 0}, "sampling_steps must be at least 1"),
         ({"eta": -0.1}, "eta must be at least 0"),
         ({"distance": "l3"}, "did you mean"),
+        ({"guidance": "prior"}, "guidance must be one of"),
     ],
 )
 def test_options_that_cannot_be_are_refused(settings, complaint):

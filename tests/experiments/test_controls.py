@@ -52,9 +52,10 @@ def finished(prior, tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     made = config(prior)
-    *attacks, matching = made.cells[0].attack
+    *attacks, matching, statistical = made.cells[0].attack
     short = type(matching)(**matching.model_dump() | {"iterations": 4})
-    made = made.model_copy(update={"cells": (made.cells[0].model_copy(update={"attack": (*attacks, short)}),)})
+    attacks += [short, statistical]
+    made = made.model_copy(update={"cells": (made.cells[0].model_copy(update={"attack": tuple(attacks)}),)})
     summary = run_campaign(made, tmp_path_factory.mktemp("runs") / "run")
     torch.set_num_threads(threads)
     return summary.run, list(read_rows(summary.run.rows)), summary.report.read_text()
@@ -69,9 +70,10 @@ def test_one_setting_adds_both_controls_and_survives_a_round_trip(prior, tmp_pat
         ("gg-cdm, unrelated-update", SETTINGS),
         ("linear-leak", {}),
         ("inverting-gradients", {}),
+        ("gaussian-map", {}),
     ]
     of = format_spec("gg-cdm", SETTINGS)
-    assert [attack.control_of for attack in cell.attack] == [(), *[(of,)] * 4]
+    assert [attack.control_of for attack in cell.attack] == [(), *[(of,)] * 5]
     (tmp_path / "c.toml").write_text(to_toml(made))
     assert load_config(tmp_path / "c.toml").cells == made.cells
     assert len(config(prior, attack=[{"name": "gg-cdm", "controls": False}]).cells[0].attack) == 1
@@ -90,11 +92,12 @@ def test_controls_are_the_default_and_equal_ones_run_once(prior, tmp_path):
     (cell,) = config(prior, attack=attacks).cells
     assert [attack.control for attack in cell.attack] == [
         *[""] * 6,
-        "prior-alone", "unrelated-update", "peer", "unrelated-update", "prior-alone", "unrelated-update",
+        "prior-alone", "unrelated-update", "peer", "peer", "unrelated-update", "prior-alone", "unrelated-update",
     ]  # fmt: skip
     first, leak, second, third = (cell.attack[number] for number in (0, 1, 2, 3))
-    alone, _, peer, *_, other_alone, _ = cell.attack[6:]
-    assert leak.control_of == peer.control_of == (first.spec, second.spec, third.spec)
+    alone, _, peer, statistical, *_, other_alone, _ = cell.attack[6:]
+    assert statistical.spec == "gaussian-map"
+    assert leak.control_of == peer.control_of == statistical.control_of == (first.spec, second.spec, third.spec)
     assert peer.spec == "inverting-gradients(iterations=4)"
     assert alone.control_of == (first.spec, second.spec)
     assert other_alone.control_of == (third.spec,)
@@ -119,7 +122,7 @@ def test_jobs_without_controls_keep_their_names(prior):
     bare = jobs([{"name": "gg-cdm", "controls": False, **SETTINGS}, "linear-leak"])
     full = jobs([{"name": "gg-cdm", **SETTINGS}])
     assert {name: full[name] for name in bare} == bare
-    assert len(set(full.values())) == 5
+    assert len(set(full.values())) == 6
 
 
 @pytest.mark.parametrize(
@@ -133,12 +136,13 @@ def test_jobs_without_controls_keep_their_names(prior):
 )
 def test_by_default_a_control_that_cannot_be_is_left_out_and_said(prior, changes):
     (cell,) = config(prior, attack=[{"name": "gg-cdm", **SETTINGS}], **changes).cells
-    assert [attack.control for attack in cell.attack] == ["", "prior-alone", "peer", "peer"]
+    assert [attack.control for attack in cell.attack] == ["", "prior-alone", "peer", "peer", "peer"]
     ((kind, reason),) = controls_left_out(cell, cell.attack[0]).items()
     assert kind == UNRELATED
     assert "controls" in reason
     (bare,) = config(prior, attack=[{"name": "gg-cdm", "controls": False, **SETTINGS}]).cells
-    left_out = dict.fromkeys(("prior-alone", UNRELATED, "linear-leak", "inverting-gradients"), "controls = false")
+    peers = ("linear-leak", "inverting-gradients", "gaussian-map")
+    left_out = dict.fromkeys(("prior-alone", UNRELATED, *peers), "controls = false")
     assert controls_left_out(bare, bare.attack[0]) == left_out
 
 
@@ -149,7 +153,7 @@ def test_controls_that_cannot_be_are_refused(prior):
         config(prior, capture={"clients": [0, 7]})
     with pytest.raises(ConfigError, match=r"config: federation\.mods: must be without secaggplus .* \(controls\)"):
         config(prior, federation={"clients": 3, "rounds": 1, "protocol": "fedavg", "mods": ["secaggplus"]})
-    assert len(config(prior, capture={"clients": [0, 2]}).cells[0].attack) == 5
+    assert len(config(prior, capture={"clients": [0, 2]}).cells[0].attack) == 6
     for bare in ({"name": "dlg"}, {"name": "gg-cdm", "guidance": "none"}):
         with pytest.raises(ConfigError, match=rf"attack\[0\]: {bare['name']} names no controls with these settings"):
             config(prior, attack=[{**bare, "controls": True}])
@@ -213,6 +217,7 @@ def test_rows_say_what_they_are_controls_of(finished):
         ("gg-cdm, unrelated-update", "baseline", "unrelated-update"),
         ("linear-leak", "attack", "peer"),
         ("inverting-gradients", "attack", "peer"),
+        ("gaussian-map", "attack", "peer"),
     }
     assert min(row["psnr_db"][0] for row in rows if row["attack"] == "linear-leak") > 60.0
     left_out = {row["attack"]: row["controls_left_out"] for row in rows if "controls_left_out" in row}
@@ -315,6 +320,6 @@ def test_a_prior_kept_apart_is_reported_too(tmp_path):
     summary = run_campaign(config(tmp_path / "prior", federation=federation, attack=attack), tmp_path / "run")
     rows = [row for row in read_rows(summary.run.rows) if row["attack"] == "gg-cdm"]
     assert [row["prior_overlap"]["same"] for row in rows] == [0, 0]
-    assert [len(row["controls_left_out"]) for row in rows] == [4, 4]
+    assert [len(row["controls_left_out"]) for row in rows] == [5, 5]
     assert rows[0]["prior_data"]["images"] == len(load_dataset("patches", image_size=8).public)
     assert "0 of 2 attacked images are among its training images" in summary.report.read_text()

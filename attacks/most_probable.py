@@ -1,0 +1,153 @@
+"""The most probable images under Gaussian noise and a Gaussian prior, by L-BFGS in coordinates in which the prior is N(0, 1).
+
+    argmin over w  ‖y − A(u(w))‖²/σ² + ‖w‖²        u(w): attacks/image_statistics.py, A: the simulated client
+
+Source: Liu, Nocedal, Mathematical Programming 45 (1989). Models with ReLUs are searched through smoothed copies first
+(attacks/smoothing.py), each narrower than the one before. These are not the client's model, so even the client's images would
+leave more over than noise: σ is taken for so much larger there, or the images would be bent to explain that, too.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from attacks.coefficients import Equations
+from attacks.image_statistics import Gaussian
+from attacks.matching import outer_steps
+from attacks.smoothing import kinks, smoothed, spreads
+
+SIGNIFICANT = 1.0
+"""What an outer step must gain, in units of the noise, or the search ends."""
+
+EASY = 1e-3
+"""On a smoothed copy: what it must gain as a share of the cost."""
+
+READINGS = 8
+"""Times that an unknown noise level is read off the residuals, at most."""
+
+SETTLED = 0.8
+"""A level that falls less than to this share of the one before is the last."""
+
+NARROWER = 0.5
+"""The width of a smoothed copy in units of that of the one before; the first has that of what its ReLUs are given."""
+
+ERRORS = 4.0
+"""How much more a copy may err on the client's images than on those that it finds, beyond the noise."""
+
+DRAWN = 8
+"""Images drawn from the prior, by which widths are measured."""
+
+
+def smoothed_copies(equations: Equations, prior: Gaussian, count: int, generator: torch.Generator) -> list[Equations]:
+    """The same equations for `count` smoothed copies of a model with ReLUs, the widest first; none for a smooth model."""
+    problem = equations.problem
+    if not count or not kinks(problem.model):
+        return []
+    shape = problem.unknown["images"].shape[1:]
+    drawn = torch.randn(DRAWN, math.prod(shape), generator=generator, dtype=torch.float64).to(prior.mean)
+    images = equations.basis.back(prior.coefficients(drawn).reshape(DRAWN, *shape))
+    spread = spreads(problem.model, problem.sent, (0.5 + 0.5 * images).clamp(0.0, 1.0))
+    widths = [NARROWER**step for step in range(count)]
+    models = [smoothed(problem.model, {name: width * size for name, size in spread.items()}) for width in widths]
+    return [replace(equations, problem=replace(problem, model=model)) for model in models]
+
+
+@dataclass(frozen=True)
+class End:
+    """Where one start led. costs: −2·log posterior, without constants, of each outer step; misfit: ‖y − A‖²."""
+
+    w: Tensor
+    costs: list[float]
+    sigma: float
+    misfit: float
+    equations: int
+
+    @property
+    def chi_square(self) -> float:
+        """What is left over, in units of the noise: 1 where it is noise."""
+        return self.misfit / (self.sigma**2 * self.equations)
+
+    @property
+    def explained(self) -> bool:
+        """Whether what is left is no more than noise."""
+        return self.chi_square <= 1.0 + 5.0 * math.sqrt(2.0 / self.equations)
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Lower is better: the noise that it needs, then the cost."""
+        return (self.sigma, self.costs[-1])
+
+
+@dataclass
+class Search:
+    """From one w (B,n) after the other. copies: of smoothed models, first to last. sigma: of the noise; None: unknown.
+
+    iterations: outer steps for each model and each noise level, at most. progress hears of all of them; `runs`: how many
+    searches it shall expect.
+    """
+
+    equations: Equations
+    copies: Sequence[Equations]
+    prior: Gaussian
+    sigma: float | None
+    iterations: int
+    progress: Callable[[int, int, float], None]
+    runs: int = 1
+    descents: int = 0
+
+    def run(self, begin: Tensor) -> End:
+        """Noise that is unknown is first as loud as the update, then as the residuals say, again and again."""
+        whole = self.equations
+        observed = whole.observed
+        least = max(self.sigma or 0.0, whole.rounding)
+        loud = max(float(observed.square().mean().sqrt()), least)
+        free = max(len(observed) - begin.numel(), len(observed) // 4, 1)
+        sigma, w, costs = loud, begin, [self._cost(whole, begin, loud)]
+        for copy in self.copies:
+            w, more = self._descended(copy, w, sigma, EASY)
+            beyond = max(self._misfit(copy, w) / free - least**2, 0.0)
+            costs, sigma = costs + more, min(sigma, math.sqrt(least**2 + ERRORS**2 * beyond))
+        sigma = sigma if self.sigma is None else least
+        for _ in range(READINGS):
+            w, more = self._descended(whole, w, sigma, 0.0)
+            costs, level = costs + more, max(math.sqrt(self._misfit(whole, w) / free), least)
+            if self.sigma is not None or not level < SETTLED * sigma:
+                break
+            sigma = level
+        return End(w, costs, sigma, self._misfit(whole, w), len(observed))
+
+    def _off(self, equations: Equations, w: Tensor) -> Tensor:
+        simulated = equations.simulated(self.prior.coefficients(w).reshape(-1), transformable=False)
+        return simulated - equations.observed
+
+    def _misfit(self, equations: Equations, w: Tensor) -> float:
+        with torch.no_grad():
+            return float(self._off(equations, w).square().sum())
+
+    def _cost(self, equations: Equations, w: Tensor, sigma: float) -> float:
+        return self._misfit(equations, w) / sigma**2 + float(w.square().sum())
+
+    def _descended(self, equations: Equations, begin: Tensor, sigma: float, share: float) -> tuple[Tensor, list[float]]:
+        """The lowest point of L-BFGS and the cost after every outer step, until one gains less than noise does, or `share`."""
+        w, best, lowest = begin.clone().requires_grad_(), begin, self._cost(equations, begin, sigma)
+        costs: list[float] = []
+
+        def cost() -> Tensor:
+            return (self._off(equations, w) / sigma).square().sum() + w.square().sum()
+
+        total = self.runs * (len(self.copies) + (READINGS if self.sigma is None else 1)) * self.iterations
+        for step, _ in enumerate(islice(outer_steps(cost, [w]), self.iterations)):
+            reached = self._cost(equations, w.detach(), sigma)
+            self.progress(min(self.descents * self.iterations + step + 1, total), total, reached)
+            if not reached < lowest:
+                break
+            best, gained, lowest = w.detach().clone(), lowest - reached, reached
+            costs.append(lowest)
+            if gained < max(SIGNIFICANT, share * lowest):
+                break
+        self.descents += 1
+        return best, costs or [lowest]

@@ -1,0 +1,215 @@
+"""gaussian-map: its prior against Gaussians that are known, its search against closed forms, its images under noise."""
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from attack_cases import Case
+from conftest import update_from
+from torch import Tensor
+
+from attacks.coefficients import Cosines, Equations
+from attacks.gaussian_map import GaussianMAP
+from attacks.image_statistics import CONTRAST, Gaussian
+from attacks.inverting_gradients import InvertingGradients
+from attacks.most_probable import Search
+from fedattack.errors import FedattackError
+from fedattack.metrics import psnr_db
+from fedattack.seeding import derive_generator
+from fedattack.tasks import Classification
+from fedattack.types import Knowledge, silent
+
+SHAPE = (3, 8, 8)
+SIZE = math.prod(SHAPE)
+BASIS = Cosines.of(SHAPE, torch.zeros((), dtype=torch.float64))
+SMOOTH = Case("lenet", "lenet", {"channels": 4})
+SHARP = Case("mlp", "mlp", {"hidden": (64, 64), "activation": "relu"})
+
+
+def noisy(case: Case, images: Tensor, sigma: float, dtype: torch.dtype = torch.float64):
+    """Model, update and what the server knows; sigma in units of the update's rms."""
+    model = case.build_model(1).to(dtype)
+    update = update_from(model, images, torch.arange(len(images)), dtype=dtype)
+    count = sum(t.numel() for t in update.received.values())
+    rms = math.sqrt(sum(float(t.square().sum()) for t in update.received.values()) / count)
+    generator = derive_generator(0, "defense")
+    received = {n: t + sigma * rms * torch.randn(t.shape, generator=generator) for n, t in update.received.items()}
+    knowledge = Knowledge(
+        image_shape=SHAPE,
+        batch_size=len(images),
+        num_classes=4,
+        labels=torch.arange(len(images)),
+        defense=f"gaussian-noise(sigma={sigma * rms})" if sigma else None,
+    )
+    return model, replace(update, received=received), knowledge, sigma * rms
+
+
+def attack(model, update, knowledge, progress=silent, **settings):
+    generator = derive_generator(0, "attack")
+    return GaussianMAP(**settings).reconstruct(
+        update, model, Classification(), knowledge, generator=generator, progress=progress
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the prior
+def drawn(count: int, correlated: bool, seed: int = 0) -> Tensor:
+    """Images (N,C,H,W) whose coefficients vary independently, or nine tenths of them along five directions."""
+    generator = derive_generator(seed, "images")
+    free = torch.randn(count, SIZE, generator=generator, dtype=torch.float64)
+    if correlated:
+        directions = torch.randn(5, SIZE, generator=derive_generator(9, "directions"), dtype=torch.float64)
+        free = (
+            math.sqrt(0.1) * free + 0.9**0.5 * torch.randn(count, 5, generator=generator).double() @ directions / 5**0.5
+        )
+    return 0.5 + 0.5 * BASIS.back(0.2 * free.reshape(count, *SHAPE))
+
+
+def test_how_much_images_vary_together_is_found_where_it_helps_to_know():
+    together, apart = (Gaussian.of(SHAPE, BASIS, drawn(200, correlated)) for correlated in (True, False))
+    assert together.share <= 0.2
+    assert apart.share >= 0.5
+
+
+def test_draws_vary_as_public_images_do():
+    """Mean and covariance of coefficients(w) are those of the images, the covariance shrunk by the share that was chosen."""
+    public = drawn(400, correlated=True)
+    prior = Gaussian.of(SHAPE, BASIS, public)
+    root = prior.coefficients(torch.eye(SIZE, dtype=torch.float64)) - prior.mean
+    seen = BASIS.forward(2.0 * public - 1.0).flatten(1)
+    covariance = torch.cov(seen.T, correction=0)
+    wanted = (1.0 - prior.share) * covariance + prior.share * torch.diag(covariance.diagonal())
+    assert float((prior.mean - seen.mean(0)).norm() / seen.mean(0).norm()) < 0.02
+    assert float((root.T @ root - wanted).norm() / wanted.norm()) < 0.02  # the power law counts for four of 404 images
+
+
+def test_without_public_images_it_is_the_power_law():
+    prior = Gaussian.of(SHAPE, BASIS, None)
+    spread = prior.spread.reshape(SHAPE)
+    assert float(spread.square().sum() / SIZE) == pytest.approx(CONTRAST**2)
+    assert float(spread[0, 0, 2] / spread[0, 0, 4]) == pytest.approx(math.sqrt(17 / 5))
+    assert bool((spread[1:] < spread[0]).all())
+    few = Gaussian.of(SHAPE, BASIS, drawn(2, correlated=False))
+    assert bool((few.spread > 0).all())
+    assert few.share == 1.0
+
+
+# ------------------------------------------------------------------------------------------------ the search
+@dataclass(frozen=True)
+class Linear(Equations):
+    """y = M·u + n."""
+
+    matrix: Tensor | None = None
+
+    def simulated(self, u: Tensor, transformable: bool = True) -> Tensor:
+        return self.matrix @ u
+
+
+def test_of_linear_equations_it_is_the_closed_form():
+    sigma, generator = 0.3, derive_generator(0, "linear")
+    matrix = torch.randn(300, SIZE, generator=generator, dtype=torch.float64) * torch.logspace(-2, 0, SIZE).double()
+    prior = Gaussian.of(SHAPE, BASIS, drawn(100, correlated=True))
+    truth = prior.coefficients(torch.randn(SIZE, generator=generator, dtype=torch.float64))
+    observed = matrix @ truth + sigma * torch.randn(300, generator=generator, dtype=torch.float64)
+    equations = Linear(None, BASIS, observed, 1e-12, matrix)
+    end = Search(equations, (), prior, sigma, 100, silent).run(torch.zeros(1, SIZE, dtype=torch.float64))
+    root = (prior.coefficients(torch.eye(SIZE, dtype=torch.float64)) - prior.mean).T  # u = mean + root·w
+    left = (observed - matrix @ prior.mean) / sigma
+    mapped = matrix @ root / sigma
+    exact = torch.linalg.solve(mapped.T @ mapped + torch.eye(SIZE), mapped.T @ left)
+    assert float((end.w[0] - exact).norm() / exact.norm()) < 1e-2
+    assert float(exact.norm()) > 1.0
+    assert end.explained
+
+
+# ------------------------------------------------------------------------------------------------ the images
+@pytest.mark.parametrize("case", [SMOOTH, SHARP], ids=["smooth", "relu"])
+def test_under_noise_it_beats_total_variation_and_says_that_the_noise_is_explained(patches, case):
+    image = patches.private.images([3]).double()
+    model, update, knowledge, sigma = noisy(case, image, 0.3)
+    knowledge = replace(knowledge, public_images=patches.public.images())
+    found = attack(model, update, knowledge)
+    generator = derive_generator(0, "attack")
+    others = [
+        InvertingGradients(iterations=200, learning_rate=0.05, tv_weight=weight, start="grey").reconstruct(
+            update, model, Classification(), knowledge, generator=generator
+        )
+        for weight in (0.003, 0.03, 0.3)
+    ]
+    assert float(psnr_db(found.images, image)) > max(float(psnr_db(o.images, image)) for o in others) + 1.0
+    assert found.diagnostics["noise_std"] == pytest.approx(sigma)
+    assert 0.8 < found.diagnostics["chi_square"] < 1.1
+
+
+def test_public_images_help():
+    image, public = drawn(1, correlated=True, seed=5).clamp(0.0, 1.0), drawn(100, correlated=True)
+    model, update, knowledge, _ = noisy(SMOOTH, image, 1.0)
+    told, alone = (attack(model, update, replace(knowledge, public_images=known)) for known in (public, None))
+    assert float(psnr_db(told.images, image)) > float(psnr_db(alone.images, image)) + 1.0
+
+
+def test_a_hidden_noise_level_is_read_off_the_residuals(patches):
+    model, update, knowledge, sigma = noisy(SMOOTH, patches.private.images([3]).double(), 0.1)
+    found = attack(model, update, replace(knowledge, defense=None))
+    assert found.diagnostics["noise_std"] == pytest.approx(sigma, rel=0.3)
+
+
+def test_a_batch_comes_back_in_the_order_of_its_labels(patches):
+    images = patches.private.images([3, 8]).double()
+    model, update, knowledge, _ = noisy(SMOOTH, images, 0.01)
+    found = attack(model, update, replace(knowledge, public_images=patches.public.images()))
+    assert float(psnr_db(found.images, images).min()) > 25.0
+    assert torch.equal(found.labels, torch.arange(2))
+
+
+def test_a_clean_update_is_matched_to_its_precision(patches):
+    image = patches.private.images([3])
+    model, update, knowledge, _ = noisy(SMOOTH, image, 0.0, torch.float32)
+    found = attack(model, update, replace(knowledge, public_images=patches.public.images()))
+    assert float(psnr_db(found.images, image)) > 60.0
+
+
+def test_smoothed_copies_lead_through_kinks(patches):
+    image = patches.private.images([3]).double()
+    model, update, knowledge, _ = noisy(SHARP, image, 0.1)
+    knowledge = replace(knowledge, public_images=patches.public.images())
+    led, alone = (attack(model, update, knowledge, smoothing_steps=steps) for steps in (7, 0))
+    assert led.diagnostics["chi_square"] < 1.1 < alone.diagnostics["chi_square"]
+    assert float(psnr_db(led.images, image)) > float(psnr_db(alone.images, image)) + 3.0
+
+
+def test_more_starts_are_made_until_one_explains_the_update(patches):
+    image = patches.private.images([3]).double()
+    model, update, knowledge, _ = noisy(SHARP, image, 0.1)
+    lost = attack(model, update, knowledge, smoothing_steps=0, iterations=1, restarts=3)
+    assert lost.diagnostics["starts"] == 3.0
+    assert attack(model, update, knowledge, restarts=3).diagnostics["starts"] == 1.0
+
+
+def test_progress_never_goes_back_nor_past_its_end(patches):
+    model, update, knowledge, _ = noisy(SHARP, patches.private.images([3]).double(), 0.1)
+    told: list[tuple[int, int]] = []
+    attack(model, update, replace(knowledge, defense=None), lambda *now: told.append(now[:2]), restarts=2)
+    done = [step for step, _ in told]
+    assert done == sorted(done)
+    assert len({total for _, total in told}) == 1
+    assert 0 < done[-1] <= told[0][1]
+
+
+def test_wrong_options_are_refused():
+    for settings in ({"iterations": 0}, {"restarts": 1.5}, {"smoothing_steps": -1}, {"smoothing_steps": True}):
+        with pytest.raises(FedattackError, match=f"{next(iter(settings))} must be a whole number of at least"):
+            GaussianMAP(**settings)
+    with pytest.raises(FedattackError, match="sigma must be zero or positive"):
+        GaussianMAP(sigma=-1.0)
+    with pytest.raises(FedattackError, match="precision must be one of"):
+        GaussianMAP(precision="float16")
+
+
+def test_a_residual_network_with_relus_is_inverted_under_noise(patches):
+    image = patches.private.images([3]).double()
+    case = replace(SHARP, name="resnet", model="resnet18", options={"width": 4}, mode="eval")
+    model, update, knowledge, _ = noisy(case, image, 0.1)
+    knowledge = replace(knowledge, public_images=patches.public.images())
+    led, alone = (attack(model, update, knowledge, smoothing_steps=steps) for steps in (7, 0))
+    assert float(psnr_db(led.images, image)) > float(psnr_db(alone.images, image)) + 3.0
