@@ -4,8 +4,8 @@
 
 y: the update, σ: its noise, A: the simulated client; µ, C: of public images (attacks/image_statistics.py). It is what any
 attack with a learned prior has to beat.
-Source: ours; the estimator is that of Tarantola, Inverse Problem Theory, SIAM 2005, section 3.2. How it is searched:
-attacks/most_probable.py.
+Source: Tarantola, Inverse Problem Theory, SIAM 2005, section 3.2, for the estimator.
+Differs from it: the clients' updates are ours, and so is the way through ReLUs (attacks/most_probable.py).
 """
 
 import math
