@@ -12,10 +12,14 @@ from torch import Tensor
 
 from attacks.matching import Problem
 from fedattack.errors import NotApplicable
-from fedattack.types import State
+from fedattack.types import State, Update
 
 ROUNDING = 4.0
 """Least noise, in units in the last place of the update's own rms."""
+
+
+ROUNDED = 0.25
+"""Standard deviation of a number's own rounding, in units in its last place (of numbers between 1 and 2: 1/√12)."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +61,20 @@ class Equations:
     rounding: float
 
     @staticmethod
-    def of(problem: Problem, sent: torch.dtype) -> "Equations":
-        """`sent`: the precision in which the update came, whose rounding is noise. Raises NotApplicable for silence."""
+    def of(problem: Problem, update: Update) -> "Equations":
+        """Rounding counts as noise: that of what was sent, and of this computer. Raises NotApplicable for silence."""
         observed = _flat(problem.observed, list(problem.observed))
-        rms = float(observed.square().mean().sqrt())
+        rms = _rms(observed)
         if not 0.0 < rms < math.inf:
             raise NotApplicable("the update is zero or not finite: there is nothing to solve for")
         channels, height, width = problem.unknown["images"].shape[1:]
         basis = Cosines.of((channels, height, width), observed)
-        return Equations(problem, basis, observed, ROUNDING * torch.finfo(sent).eps * rms)
+        sent = next((t.dtype for t in update.received.values() if t.is_floating_point()), torch.float32)
+        rounding = ROUNDING * max(torch.finfo(dtype).eps for dtype in (sent, problem.dtype)) * rms
+        if update.kind == "weights":  # a difference of two that were rounded
+            weights = _flat(update.received, list(problem.observed))
+            rounding = max(rounding, ROUNDED * torch.finfo(sent).eps * _rms(weights) / (problem.learning_rate or 1.0))
+        return Equations(problem, basis, observed, rounding)
 
     def simulated(self, u: Tensor, transformable: bool = True) -> Tensor:
         images = 0.5 + 0.5 * self.basis.back(u.reshape(self.problem.unknown["images"].shape))
@@ -75,3 +84,7 @@ class Equations:
 
 def _flat(state: State, names: list[str]) -> Tensor:
     return torch.cat([state[name].reshape(-1) for name in names])
+
+
+def _rms(vector: Tensor) -> float:
+    return float(vector.double().square().mean().sqrt())

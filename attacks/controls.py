@@ -39,12 +39,16 @@ def usual_controls(
 
 def prior_alone(attack: Any, shared: tuple[str, ...], alone: Mapping[str, Any]) -> Control:
     """The same attack with its fields `shared`, where they are not the defaults, and those of `alone`."""
-    changed = {
+    return Control("prior-alone", parameters={**changed(attack, shared), **alone})
+
+
+def changed(attack: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """Those of an attack's fields `names` that are not the defaults."""
+    return {
         field.name: getattr(attack, field.name)
         for field in fields(attack)
-        if field.name in shared and (field.default is MISSING or getattr(attack, field.name) != field.default)
+        if field.name in names and (field.default is MISSING or getattr(attack, field.name) != field.default)
     }
-    return Control("prior-alone", parameters={**changed, **alone})
 
 
 def snapshot_steps(steps: int) -> tuple[int, ...]:

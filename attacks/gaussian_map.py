@@ -14,17 +14,21 @@ from time import perf_counter
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from attacks.coefficients import Equations
 from attacks.image_statistics import Gaussian
 from attacks.labels import infer_labels
 from attacks.matching import DTYPES, pose
-from attacks.most_probable import Search, smoothed_copies
+from attacks.most_probable import End, Search, smoothed_copies
 from attacks.noise import noise_level
 from fedattack.errors import FedattackError, must, one_of
 from fedattack.tasks import Task
 from fedattack.types import Knowledge, Progress, Reconstruction, Update, silent
+
+NUDGE = 1e-2
+"""By which the images of a batch differ at first, in units of the prior's spread: of equal labels and equal images the search
+could not tell them apart."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class GaussianMAP:
     sigma: standard deviation of the noise on every entry of the (pseudo-)gradient; None: what the known defense says, else
     read off the residuals. iterations: outer steps of L-BFGS (up to 20 steps each), at most, for each model and noise level.
     smoothing_steps: smoothed copies of a model whose modules include ReLUs; 0: none. restarts: starts, the prior's mean first,
-    then draws from it, until one explains the update down to its noise.
+    then draws from it, until one explains the update down to its noise; where that is unknown all of them are made, and the one
+    that needs the least noise is taken.
     """
 
     name: ClassVar[str] = "gaussian-map"
@@ -71,19 +76,18 @@ class GaussianMAP:
         if knowledge.labels is None:
             knowledge = replace(knowledge, labels=infer_labels(update, model, knowledge, generator=generator))
         problem = pose(update, model, task, knowledge, precision=self.precision)
-        sent = next((t.dtype for t in update.received.values() if t.is_floating_point()), torch.float32)
-        equations = Equations.of(problem, sent)
+        equations = Equations.of(problem, update)
         known = None if knowledge.defense is None else noise_level(update, knowledge)
         shape = problem.unknown["images"].shape
         prior = Gaussian.of((shape[1], shape[2], shape[3]), equations.basis, knowledge.public_images)
         copies = smoothed_copies(equations, prior, self.smoothing_steps, generator)
         sigma = known if self.sigma is None else self.sigma
         search = Search(equations, copies, prior, sigma, self.iterations, progress, self.restarts)
-        w: Tensor = equations.observed.new_zeros(shape[0], math.prod(shape[1:]))
-        ends = [search.run(w)]
-        while len(ends) < self.restarts and not ends[-1].explained:
-            drawn = torch.randn(w.shape, generator=generator, dtype=torch.float64)
-            ends.append(search.run(drawn.to(w)))
+        ends: list[End] = []
+        while len(ends) < self.restarts and not (ends and ends[-1].explained):
+            drawn = torch.randn(shape[0], math.prod(shape[1:]), generator=generator, dtype=torch.float64)
+            size = 1.0 if ends else (NUDGE if shape[0] > 1 else 0.0)
+            ends.append(search.run(size * drawn.to(equations.observed)))
         best = min(ends, key=lambda end: end.rank)
         images = 0.5 + 0.5 * equations.basis.back(prior.coefficients(best.w).reshape(shape))
         found = problem.estimate({"images": images})
@@ -95,7 +99,7 @@ class GaussianMAP:
             seconds=perf_counter() - begun,
             diagnostics={
                 "noise_std": best.sigma,
-                "chi_square": best.chi_square,
+                **({} if sigma is None else {"chi_square": best.chi_square}),
                 "starts": float(len(ends)),
                 "diagonal_share": prior.share,
             },

@@ -179,10 +179,9 @@ class GGCDM:
         problem = pose(update, model, task, knowledge, precision=precision, scale_free=scale_free)
         chain = Chain(self, problem, prior, generator, progress, first)
         if self.guidance == "posterior":
-            sent = next((t.dtype for t in update.received.values() if t.is_floating_point()), torch.float32)
             known = None if knowledge.defense is None else noise_level(update, knowledge)
             sigma = known if self.sigma is None else self.sigma
-            images, diagnostics = by_posterior(chain, Equations.of(problem, sent), sigma, knowledge.public_images)
+            images, diagnostics = by_posterior(chain, Equations.of(problem, update), sigma, knowledge.public_images)
         else:
             images, diagnostics = by_gradient(chain)
         if self.restarts > 1:
@@ -276,6 +275,10 @@ class Chain:
         if number in self.due:
             self._snapshots.append(images.float().clamp(0.0, 1.0))
         self._progress(number + 1, len(self.times), float(self.history[-1].min()))
+
+    def searching(self, done: int, total: int, cost: float) -> None:
+        """A search before the first step is at work: the chain stands still."""
+        self._progress(0, len(self.times), cost)
 
     def kept(self) -> Tensor:
         """(S,R,B,C,H,W): the clean images of the steps `due`, in [0, 1]; of an average, their mean (S,1,…)."""
@@ -399,7 +402,7 @@ def _renewed(
     if before is None and attack.descent_iterations:
         prior = Gaussian.diagonal(*(vector.reshape(chain.shape[1], -1) for vector in (anchor, variances.sqrt())))
         copies = smoothed_copies(equations, prior, attack.smoothing_steps, chain.generator)
-        descent = Search(equations, copies, prior, sigma, attack.descent_iterations, silent)
+        descent = Search(equations, copies, prior, sigma, attack.descent_iterations, chain.searching)
     return linearise(
         equations,
         anchor if before is None else means.mean(0),
@@ -408,6 +411,7 @@ def _renewed(
         sigma=sigma,
         before=before,
         descent=descent,
+        told=lambda trial, cost: chain.searching(trial, attack.iterations, cost),
         iterations=attack.iterations if before is None else 0,
         inner=attack.inner_steps,
         dense_limit=attack.dense_limit,

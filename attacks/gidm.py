@@ -17,12 +17,12 @@ not the attacked one is used only where the attacker knows one (`Knowledge.prior
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from attacks.controls import prior_alone
+from attacks.controls import changed, prior_alone
 from attacks.matching import (
     DISTANCES,
     Distance,
@@ -104,11 +104,14 @@ class GIDM:
         """What the prior makes without the update and of another client's, and matching without a prior, as many iterations."""
         if self.guidance == "none" or not self.generative_iterations:
             return ()
-        iterations = self.restarts * (self.generative_iterations + self.fine_tuning_iterations)
+        peer: dict[str, Any] = {"iterations": sum(self.iterations)}
+        peer |= changed(self, ("learning_rate", "restarts", "timesteps", "boxed", "precision"))
+        if self.timesteps == "argmax":
+            peer["timesteps"] = "relaxed"
         return (
             prior_alone(self, ("sampling_steps", "eta", "clip", "precision"), {"guidance": "none"}),
             Control("unrelated-update"),
-            Control("peer", MATCHING, {"iterations": iterations}),
+            Control("peer", MATCHING, peer),
         )
 
     def reconstruct(

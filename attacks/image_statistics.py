@@ -27,6 +27,12 @@ COLOUR = 0.1
 COUNTS_FOR = 4
 """Images: what the power law counts for beside public ones."""
 
+MOST = 1024
+"""Public images that are looked at, evenly spread over all."""
+
+ROUNDING = 1e-12
+"""Of a variance, in units of the largest: less is none."""
+
 SHARES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
 
 
@@ -53,7 +59,8 @@ class Gaussian:
         general = Gaussian.diagonal(torch.zeros_like(natural), natural.sqrt())
         if public is None or not len(public):
             return general
-        seen = basis.forward(2.0 * public.to(natural) - 1.0).flatten(1)
+        some = public[:: math.ceil(len(public) / MOST)]
+        seen = basis.forward(2.0 * some.to(natural) - 1.0).flatten(1)
         if len(seen) < 4:
             return general._fitted(seen)
         halves = seen[::2], seen[1::2]
@@ -73,8 +80,13 @@ class Gaussian:
         mean = (1.0 - own) * seen.mean(0)
         off = seen - mean
         spread = ((1.0 - own) * off.square().mean(0) + own * self.spread.square()).sqrt()
-        _, lengths, directions = torch.linalg.svd(off / spread, full_matrices=False)
-        return Gaussian(mean, spread, directions.T, lengths.square() / len(seen), 1.0)
+        scaled = off / spread / math.sqrt(len(seen))
+        variances, among = torch.linalg.eigh(scaled @ scaled.T if len(seen) < seen.shape[1] else scaled.T @ scaled)
+        told = variances > ROUNDING * variances[-1]
+        variances, directions = variances[told], among[:, told]
+        if len(seen) < seen.shape[1]:
+            directions = scaled.T @ directions / variances.sqrt()
+        return Gaussian(mean, spread, directions, variances, 1.0)
 
     def _with(self, share: float) -> "Gaussian":
         return replace(self, share=share)

@@ -38,6 +38,9 @@ NARROWER = 0.5
 ERRORS = 4.0
 """How much more a copy may err on the client's images than on those that it finds, beyond the noise."""
 
+DOUBT = 5.0
+"""Standard deviations that a misfit may have more than noise, and still be noise."""
+
 DRAWN = 8
 """Images drawn from the prior, by which widths are measured."""
 
@@ -47,9 +50,8 @@ def smoothed_copies(equations: Equations, prior: Gaussian, count: int, generator
     problem = equations.problem
     if not count or not kinks(problem.model):
         return []
-    shape = problem.unknown["images"].shape[1:]
-    drawn = torch.randn(DRAWN, math.prod(shape), generator=generator, dtype=torch.float64).to(prior.mean)
-    images = equations.basis.back(prior.coefficients(drawn).reshape(DRAWN, *shape))
+    drawn = torch.randn(DRAWN, *prior.mean.shape, generator=generator, dtype=torch.float64).to(prior.mean)
+    images = equations.basis.back(prior.coefficients(drawn).reshape(-1, *problem.unknown["images"].shape[1:]))
     spread = spreads(problem.model, problem.sent, (0.5 + 0.5 * images).clamp(0.0, 1.0))
     widths = [NARROWER**step for step in range(count)]
     models = [smoothed(problem.model, {name: width * size for name, size in spread.items()}) for width in widths]
@@ -58,23 +60,23 @@ def smoothed_copies(equations: Equations, prior: Gaussian, count: int, generator
 
 @dataclass(frozen=True)
 class End:
-    """Where one start led. costs: −2·log posterior, without constants, of each outer step; misfit: ‖y − A‖²."""
+    """Where one start led. costs: −2·log posterior, without constants, of each outer step, of its model and noise level.
+
+    sigma: the noise, as it is known or as the residuals say; misfit: ‖y − A‖². explained: whether what is left is no more than
+    noise that is known (or rounding): of what is read off the residuals nothing else can be said.
+    """
 
     w: Tensor
     costs: list[float]
     sigma: float
     misfit: float
     equations: int
+    explained: bool
 
     @property
     def chi_square(self) -> float:
-        """What is left over, in units of the noise: 1 where it is noise."""
+        """What is left over, in units of known noise: 1 where it is noise."""
         return self.misfit / (self.sigma**2 * self.equations)
-
-    @property
-    def explained(self) -> bool:
-        """Whether what is left is no more than noise."""
-        return self.chi_square <= 1.0 + 5.0 * math.sqrt(2.0 / self.equations)
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -111,14 +113,16 @@ class Search:
             w, more = self._descended(copy, w, sigma, EASY)
             beyond = max(self._misfit(copy, w) / free - least**2, 0.0)
             costs, sigma = costs + more, min(sigma, math.sqrt(least**2 + ERRORS**2 * beyond))
-        sigma = sigma if self.sigma is None else least
-        for _ in range(READINGS):
+        level = sigma if self.sigma is None else least
+        for _ in range(1 if self.sigma is not None else READINGS):
+            sigma = level
             w, more = self._descended(whole, w, sigma, 0.0)
             costs, level = costs + more, max(math.sqrt(self._misfit(whole, w) / free), least)
-            if self.sigma is not None or not level < SETTLED * sigma:
+            if not level < SETTLED * sigma:
                 break
-            sigma = level
-        return End(w, costs, sigma, self._misfit(whole, w), len(observed))
+        misfit, count = self._misfit(whole, w), len(observed)
+        explained = misfit <= least**2 * (count + DOUBT * math.sqrt(2.0 * count))
+        return End(w, costs, level if self.sigma is None else least, misfit, count, explained)
 
     def _off(self, equations: Equations, w: Tensor) -> Tensor:
         simulated = equations.simulated(self.prior.coefficients(w).reshape(-1), transformable=False)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attacks.coefficients import Equations
 from attacks.least_squares import Dense, MatrixFree, Point, conjugate_gradients, levenberg_marquardt
-from attacks.most_probable import Search
+from attacks.most_probable import DOUBT, Search
 from fedattack.errors import NotApplicable
 from fedattack.jacobians import Linearised, jacobian_transposed
 
@@ -38,9 +38,6 @@ GUESSES = 3
 
 SIGNIFICANT = 1.0
 """What a step must promise in units of the noise, or the search for the point of linearisation ends."""
-
-DOUBT = 5.0
-"""Standard deviations that a misfit may have more than noise, and still be noise."""
 
 CONVERGED = 1e-4
 """How exactly conjugate gradients solve."""
@@ -72,13 +69,15 @@ def linearise(
     iterations: int,
     inner: int,
     dense_limit: int,
+    told: Callable[[int, float], None] = lambda trial, cost: None,
 ) -> Likelihood:
     """The likelihood around the maximum a posteriori under N(anchor, diag(variances)), searched from `start`.
 
     start, anchor, variances (n,). descent: a search under this prior, far cheaper than the trial steps of Levenberg-Marquardt
     that follow (iterations; none of both: stay at `start`). sigma: of the noise, None where it must be read off the residuals.
     before: the last linearisation, whose noise level is the first guess; it stays where `start` explains the update neither
-    better than its point nor down to the noise (where gradients jump, one step away is another world).
+    better than its point nor down to the noise (where gradients jump, one step away is another world). told(trial, cost) hears
+    of every trial.
     """
     count, unknowns = len(equations.observed), len(start)
     dense, whole = (unknowns <= dense_limit and unknowns * count * size <= JACOBIAN for size in (STORED, 6 * STORED))
@@ -104,7 +103,9 @@ def linearise(
     for _ in range(1 if sigma is not None or before is not None else GUESSES):
         if iterations:
             begin = (point - anchor) / spread
-            found = levenberg_marquardt(at, begin, iterations=iterations, tolerance=0.0, significant=SIGNIFICANT)
+            found = levenberg_marquardt(
+                at, begin, iterations=iterations, tolerance=0.0, significant=SIGNIFICANT, told=told
+            )
             point, trials = anchor + spread * found.x, trials + len(found.costs) - 1
         misfit = _misfit(equations, point)
         if sigma is None:
@@ -127,18 +128,18 @@ def _dense(equations: Equations, point: Tensor, sigma: float, chunk: int) -> Cal
         transposed = jacobian_transposed(lambda u: (equations.simulated(u) / sigma).float(), point, chunk)
         if not bool(transposed.isfinite().all()):
             raise NotApplicable("the update's derivative is not finite")
-        told, right = point.new_zeros(len(point), len(point)), torch.zeros_like(point)
+        information, right = point.new_zeros(len(point), len(point)), torch.zeros_like(point)
         pieces = (torch.split(tensor, PIECE, dim=-1) for tensor in (transposed, left))
         for rows, some in zip(*pieces, strict=True):
             rows = rows.to(point)
-            told, right = told.addmm_(rows, rows.T), right + rows @ some
-        right = right + told @ point
+            information, right = information.addmm_(rows, rows.T), right + rows @ some
+        right = right + information @ point
 
     def mean(anchors: Tensor, variances: Tensor) -> Tensor:
         # in units of the anchor's spread, where the smallest eigenvalue is 1
         spread = variances.sqrt()
-        matrix = spread[:, None] * told * spread + torch.eye(len(spread)).to(spread)
-        wanted = (right - anchors @ told) * spread
+        matrix = spread[:, None] * information * spread + torch.eye(len(spread)).to(spread)
+        wanted = (right - anchors @ information) * spread
         found: Tensor = torch.cholesky_solve(wanted.T, torch.linalg.cholesky(matrix)).T
         return anchors + spread * found
 

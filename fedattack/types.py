@@ -116,7 +116,8 @@ class Reconstruction:
 
 ControlKind = Literal["prior-alone", "unrelated-update", "peer"]
 """prior-alone: the attack's prior, led by nothing. unrelated-update: the attack on another client's update of the same
-round. peer: another attack, without a prior, on the same update. The first two show what a prior makes of anything: yardsticks.
+round. peer: another attack, without such a prior, on the same update. The first two show what a prior makes of anything:
+yardsticks.
 """
 
 

@@ -148,10 +148,50 @@ def test_public_images_help():
     assert float(psnr_db(told.images, image)) > float(psnr_db(alone.images, image)) + 1.0
 
 
-def test_a_hidden_noise_level_is_read_off_the_residuals(patches):
-    model, update, knowledge, sigma = noisy(SMOOTH, patches.private.images([3]).double(), 0.1)
-    found = attack(model, update, replace(knowledge, defense=None))
-    assert found.diagnostics["noise_std"] == pytest.approx(sigma, rel=0.3)
+@pytest.mark.parametrize("level", [0.03, 0.3])
+def test_a_hidden_noise_level_is_read_off_the_residuals(patches, level):
+    model, update, knowledge, sigma = noisy(SMOOTH, patches.private.images([3]).double(), level)
+    found = attack(model, update, replace(knowledge, defense=None, public_images=patches.public.images()))
+    assert found.diagnostics["noise_std"] == pytest.approx(sigma, rel=0.12)
+
+
+def test_what_is_left_over_says_nothing_where_the_noise_is_hidden(patches):
+    """A search that is lost takes what it leaves for noise: no chi-square, and all starts are made."""
+    model, update, knowledge, sigma = noisy(SHARP, patches.private.images([3]).double(), 0.1)
+    found = attack(model, update, replace(knowledge, defense=None), smoothing_steps=0, restarts=2)
+    assert found.diagnostics["noise_std"] > 1.3 * sigma
+    assert "chi_square" not in found.diagnostics
+    assert found.diagnostics["starts"] == 2.0
+
+
+def test_the_rounding_of_weights_is_noise(patches):
+    """A difference of two weights that were rounded says less than its own size promises."""
+    image = patches.private.images([3])
+    model, update, knowledge, _ = noisy(SMOOTH, image, 0.0, torch.float32)
+    rate = 0.001
+    received = {
+        name: sent - rate * update.received[name] for name, sent in update.sent.items() if name in update.received
+    }
+    weights = replace(update, kind="weights", received=received)
+    told = replace(knowledge, learning_rate=rate, local_steps=1, defense="none", public_images=patches.public.images())
+    found = attack(model, weights, told)
+    assert 0.1 < found.diagnostics["chi_square"] < 2.0
+    assert found.diagnostics["starts"] == 1.0
+
+
+def test_images_of_equal_labels_part(patches):
+    images = patches.private.images([3, 8]).double()
+    model = SMOOTH.build_model(1).double()
+    update = update_from(model, images, torch.tensor([1, 1]), dtype=torch.float64)
+    knowledge = Knowledge(
+        image_shape=SHAPE,
+        batch_size=2,
+        num_classes=4,
+        labels=torch.tensor([1, 1]),
+        public_images=patches.public.images(),
+    )
+    found = attack(model, update, knowledge, sigma=1e-4)
+    assert float((found.images[0] - found.images[1]).abs().max()) > 0.1
 
 
 def test_a_batch_comes_back_in_the_order_of_its_labels(patches):

@@ -398,6 +398,34 @@ def test_a_clean_update_gives_the_exact_image(patches):
     assert float(psnr_db(rounded.images, image[None])) > 80.0
 
 
+def test_a_batch_behind_relus_is_led_through_smoothed_copies(random_images):
+    case = replace(MLP, options={"hidden": (32,), "activation": "relu"})
+    update = update_from(case.build_model(1).double(), random_images((2, *SHAPE)).double(), torch.tensor([0, 2]))
+    labels = torch.tensor([0, 2])
+    knowledge = Knowledge(image_shape=SHAPE, batch_size=2, num_classes=4, labels=labels, prior=prior_of(SHAPE))
+    told: list[tuple[int, int]] = []
+    settings = {"guidance": "posterior", "sampling_steps": 2, "smoothing_steps": 2, "iterations": 2, "sigma": 1e-3}
+    found = attack(
+        case.build_model(1).double(), update, knowledge, progress=lambda *now: told.append(now[:2]), **settings
+    )
+    assert found.images.shape == (2, *SHAPE)
+    assert (0, 2) in told  # the search before the first step is heard, so that a timeout can end it
+    assert told == sorted(told)
+
+
+def test_a_linearisation_that_explains_less_than_the_one_before_is_not_taken():
+    sigma = 0.5
+    equations, u = linear_equations(sigma=sigma)
+    settings = {"sigma": sigma, "descent": None, "inner": 100, "dense_limit": 1000}
+    variances = torch.full_like(u, VARIANCE)
+    good = linearise(equations, 0 * u, 0 * u, variances, before=None, iterations=10, **settings)
+    assert (
+        linearise(equations, good.point + 5.0, u, variances, before=good, iterations=0, **settings).point is good.point
+    )
+    near = linearise(equations, good.point + 1e-4, u, variances, before=good, iterations=0, **settings)
+    torch.testing.assert_close(near.point, good.point + 1e-4)
+
+
 def test_under_noise_the_weights_are_those_of_the_noise(patches):
     """A prior trained for seconds: the posterior's mean beats the guidance, and says how much noise there is."""
     image = patches.private.images([3])[0].double()

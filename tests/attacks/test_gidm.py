@@ -304,11 +304,14 @@ def test_controls_are_the_prior_alone_another_update_and_the_papers_baseline():
     assert [(control.kind, control.attack, control.parameters) for control in controls] == [
         ("prior-alone", "", {"sampling_steps": 2, "guidance": "none"}),
         ("unrelated-update", "", None),
-        ("peer", "invg-dm", {"iterations": 10}),
+        ("peer", "invg-dm", {"iterations": 5, "restarts": 2}),
     ]
     assert GIDM(**controls[0].parameters).controls() == ()
     assert GIDM(generative_iterations=0).controls() == ()  # no prior in it
-    InvGdm(**controls[2].parameters)
+    faster = GIDM(learning_rate=0.03, timesteps="argmax", precision="float64").controls()[2].parameters
+    assert faster == {"iterations": 6500, "learning_rate": 0.03, "timesteps": "relaxed", "precision": "float64"}
+    for parameters in (controls[2].parameters, faster):
+        InvGdm(**parameters)
 
 
 @pytest.mark.parametrize("attack", [GIDM, Generative])
