@@ -33,6 +33,10 @@ from fedattack.tasks import build_task, simulate
 from fedattack.types import Knowledge, State, Update
 
 CIFAR = Path(__file__).resolve().parents[2] / "shared/data/cifar10_subset.npz"
+OURS = "second-order"
+PUBLIC = 256
+"""Images that the attacker has; second-order looks at them under noise only."""
+
 SMOOTH = {"init": "default", "activation": "gelu"}
 UNET = {"block_out_channels": (16,), "attention": (), "mid_attention": False, "norm_num_groups": 4}
 
@@ -153,9 +157,14 @@ def resized(data: ImageData, indices: list[int], size: int) -> tuple[Tensor, Ten
 
 
 def victim(
-    setting: Setting, images: Tensor, labels: Tensor, seed: int, state: State | None = None
+    setting: Setting,
+    images: Tensor,
+    labels: Tensor,
+    seed: int,
+    state: State | None = None,
+    public: Tensor | None = None,
 ) -> tuple[Any, Any, Update, Knowledge]:
-    """Model, task, the client's update and what the attacker knows. state: of a model that was trained."""
+    """Model, task, the client's update and what the attacker knows. state: of a model that was trained. public: images."""
     task = build_task("classification" if setting.timestep is None else "diffusion")
     shape = (images.shape[1], images.shape[2], images.shape[3])
     model = build_model(setting.model, image_shape=shape, num_classes=10, seed=seed, **setting.options).double()
@@ -170,7 +179,8 @@ def victim(
     sent = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     received = {n: t.detach() for n, t in simulate(model, sent, task, [private], kind="gradient").items()}
     update = Update(round=1, client="0", sent=sent, received=received, kind="gradient", num_examples=len(images))
-    return model, task, update, Knowledge(image_shape=shape, batch_size=len(images), num_classes=10, **oracles)
+    knowledge = Knowledge(image_shape=shape, batch_size=len(images), num_classes=10, public_images=public, **oracles)
+    return model, task, update, knowledge
 
 
 def run(
@@ -180,10 +190,11 @@ def run(
     name: str,
     seed: int,
     state: State | None = None,
+    public: Tensor | None = None,
     **parameters: Any,
 ) -> dict[str, Any]:
     """One attack on one batch, as a row."""
-    model, task, update, knowledge = victim(setting, images, labels, seed, state)
+    model, task, update, knowledge = victim(setting, images, labels, seed, state, public)
     attack = ATTACKS.create(name, **parameters)
     begun = process_time()
     found = attack.reconstruct(update, model, task, knowledge, generator=derive_generator(seed, "attack", name))
@@ -198,6 +209,7 @@ def run(
         "cpu_seconds": process_time() - begun,
         "steps": found.steps,
         "load": os.getloadavg()[0],
+        "loss": found.losses[-1],
         **found.diagnostics,
     }
 
@@ -234,9 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=5, help="batches a setting")
     parser.add_argument("--split", choices=("test", "private"), default="test")
     parser.add_argument("--baseline", action="store_true", help="idlg (and inverting-gradients) on the same updates")
-    parser.add_argument(
-        "--attack", default="second-order", help="one of classifiers with options, as in a configuration"
-    )
+    parser.add_argument("--attack", default=OURS, help="one of classifiers with options, as in a configuration")
     parser.add_argument("--out", type=Path, help="a JSON line for every attack on every batch")
     chosen = parser.parse_args(arguments)
     name, options = parse_spec(chosen.attack)
@@ -250,7 +260,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(HEADER, flush=True)
     with torch_threads(1):
         for setting in settings:
-            attacks: list[tuple[str, dict[str, Any]]] = [(name, {**setting.parameters, **options})]
+            attacks: list[tuple[str, dict[str, Any]]] = [
+                (name, {**(setting.parameters if name == OURS else {}), **options})
+            ]
             if chosen.baseline and setting.timestep is None:
                 attacks.append(("idlg", {"start": "grey"}))
             if chosen.baseline and chosen.table == "classifiers":
@@ -264,11 +276,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 ).double()
                 trained(model, setting, splits.private, derive_generator(0, "training"))
                 state, score = dict(model.state_dict()), accuracy(model, setting, splits.test)
+            known = range(min(PUBLIC, len(splits.public)))
+            public = resized(splits.public, list(known), setting.size)[0].float()
             for seed in range(chosen.images):
                 indices = list(range(seed * setting.batch, (seed + 1) * setting.batch))
                 images, labels = resized(data, indices, setting.size)
                 for attack, parameters in attacks:
-                    rows[attack].append(run(setting, images, labels, attack, seed, state, **parameters))
+                    rows[attack].append(run(setting, images, labels, attack, seed, state, public, **parameters))
                     if state is not None:
                         rows[attack][-1]["accuracy"] = score
                     if chosen.out:
