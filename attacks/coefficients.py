@@ -62,7 +62,9 @@ class Equations:
 
     @staticmethod
     def of(problem: Problem, update: Update) -> "Equations":
-        """Rounding counts as noise: that of what was sent, and of this computer. Raises NotApplicable for silence."""
+        """Rounding to floats counts as noise: of what was sent, at every local step, and of this computer. (What a secure
+        aggregation rounds to is not counted.) Raises NotApplicable for silence.
+        """
         observed = _flat(problem.observed, list(problem.observed))
         rms = _rms(observed)
         if not 0.0 < rms < math.inf:
@@ -73,7 +75,8 @@ class Equations:
         rounding = ROUNDING * max(torch.finfo(dtype).eps for dtype in (sent, problem.dtype)) * rms
         if update.kind == "weights":  # a difference of two that were rounded
             weights = _flat(update.received, list(problem.observed))
-            rounding = max(rounding, ROUNDED * torch.finfo(sent).eps * _rms(weights) / (problem.learning_rate or 1.0))
+            step = ROUNDED * torch.finfo(sent).eps * _rms(weights) / (problem.learning_rate or 1.0)
+            rounding = max(rounding, step * math.sqrt(len(problem.steps)))
         return Equations(problem, basis, observed, rounding)
 
     def simulated(self, u: Tensor, transformable: bool = True) -> Tensor:

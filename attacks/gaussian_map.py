@@ -20,15 +20,11 @@ from attacks.coefficients import Equations
 from attacks.image_statistics import Gaussian
 from attacks.labels import infer_labels
 from attacks.matching import DTYPES, pose
-from attacks.most_probable import End, Search, smoothed_copies
+from attacks.most_probable import NUDGE, End, Search, smoothed_copies
 from attacks.noise import noise_level
 from fedattack.errors import FedattackError, must, one_of
 from fedattack.tasks import Task
 from fedattack.types import Knowledge, Progress, Reconstruction, Update, silent
-
-NUDGE = 1e-2
-"""By which the images of a batch differ at first, in units of the prior's spread: of equal labels and equal images the search
-could not tell them apart."""
 
 
 @dataclass(frozen=True)

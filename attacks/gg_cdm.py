@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.coefficients import Cosines, Equations
-from attacks.controls import STATISTICAL, snapshot_steps, usual_controls
+from attacks.controls import STATISTICAL, changed, snapshot_steps, usual_controls
 from attacks.image_statistics import Gaussian
 from attacks.labels import infer_labels
 from attacks.matching import DISTANCES, Match, Problem, objective, pose, reconstruction, silence_cost
@@ -151,7 +151,7 @@ class GGCDM:
             alone |= {"restarts": self.restarts, "average": True}
         evaluations, jacobians = self.sampling_steps * self.restarts, self.guidance == "posterior"
         made = usual_controls(self, shared=shared, alone=alone, evaluations=evaluations, jacobians=jacobians)
-        made.append(Control("peer", STATISTICAL, {}))
+        made.append(Control("peer", STATISTICAL, changed(self, ("sigma", "smoothing_steps", "precision"))))
         if self.start_from != NOISE:
             made.append(Control("peer", *parse_spec(self.start_from)))
         return made
@@ -277,7 +277,7 @@ class Chain:
         self._progress(number + 1, len(self.times), float(self.history[-1].min()))
 
     def searching(self, done: int, total: int, cost: float) -> None:
-        """A search before the first step is at work: the chain stands still."""
+        """Something before the first step is at work: the chain stands still."""
         self._progress(0, len(self.times), cost)
 
     def kept(self) -> Tensor:
@@ -359,11 +359,9 @@ def by_posterior(
         chain.told(number, clean)
     assert likelihood is not None
     images = 0.5 + 0.5 * basis.back(means.reshape(x.shape))
-    diagnostics = {
-        "noise_std": likelihood.sigma,
-        "chi_square": likelihood.misfit / (likelihood.sigma**2 * len(equations.observed)),
-        "trials": float(trials),
-    }
+    diagnostics = {"noise_std": likelihood.sigma, "trials": float(trials)}
+    if sigma is not None:  # noise that is read off the residuals always explains them
+        diagnostics["chi_square"] = likelihood.misfit / (likelihood.sigma**2 * len(equations.observed))
     return images, diagnostics
 
 
@@ -386,6 +384,7 @@ def errors(chain: Chain, public: Tensor | None, basis: Cosines) -> Tensor:
         noise = torch.randn(images.shape, generator=chain.generator).to(chain.device)
         off = chain.clean(a**0.5 * images + (1 - a) ** 0.5 * noise, now) - images
         rows.append(basis.forward(off.to(chain.problem.dtype)).square().mean(0).reshape(-1))
+        chain.searching(len(rows), len(chain.times), math.inf)
     return torch.stack(rows).clamp_min(LEAST)
 
 

@@ -55,18 +55,19 @@ class Gaussian:
     @staticmethod
     def of(shape: tuple[int, int, int], basis: Cosines, public: Tensor | None) -> "Gaussian":
         """Of public images (N,C,H,W) in [0, 1]; of natural ones in general where there are none."""
-        natural = _natural(shape).to(basis.rows).reshape(-1)
+        natural = _natural(shape).to(basis.rows.device).reshape(-1)
         general = Gaussian.diagonal(torch.zeros_like(natural), natural.sqrt())
         if public is None or not len(public):
-            return general
+            return general._to(basis.rows)
         some = public[:: math.ceil(len(public) / MOST)]
-        seen = basis.forward(2.0 * some.to(natural) - 1.0).flatten(1)
+        seen = basis.forward(2.0 * some.to(basis.rows) - 1.0).flatten(1).double()
         if len(seen) < 4:
-            return general._fitted(seen)
+            return general._fitted(seen)._to(basis.rows)
         halves = seen[::2], seen[1::2]
         fits = [(general._fitted(half), other) for half, other in (halves, halves[::-1])]
         scores = [sum(fit._with(share)._log_density(other) for fit, other in fits) for share in SHARES]
-        return general._fitted(seen)._with(SHARES[max(range(len(SHARES)), key=scores.__getitem__)])
+        share = SHARES[max(range(len(SHARES)), key=scores.__getitem__)]
+        return general._fitted(seen)._with(share)._to(basis.rows)
 
     def coefficients(self, w: Tensor) -> Tensor:
         """(…,n) of draws w (…,n)."""
@@ -90,6 +91,13 @@ class Gaussian:
 
     def _with(self, share: float) -> "Gaussian":
         return replace(self, share=share)
+
+    def _to(self, like: Tensor) -> "Gaussian":
+        """Fitted in float64, used in the precision of the search."""
+        mean, spread, directions, variances = (
+            tensor.to(like) for tensor in (self.mean, self.spread, self.directions, self.variances)
+        )
+        return Gaussian(mean, spread, directions, variances, self.share)
 
     def _log_density(self, seen: Tensor) -> float:
         """Of coefficients (N,n), without constants."""

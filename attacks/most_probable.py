@@ -41,6 +41,10 @@ ERRORS = 4.0
 DOUBT = 5.0
 """Standard deviations that a misfit may have more than noise, and still be noise."""
 
+NUDGE = 1e-2
+"""By which the images of a batch differ at first, in units of the prior's spread: those of equal labels have equal gradients
+where they are equal, and would stay so."""
+
 DRAWN = 8
 """Images drawn from the prior, by which widths are measured."""
 
@@ -114,6 +118,7 @@ class Search:
             beyond = max(self._misfit(copy, w) / free - least**2, 0.0)
             costs, sigma = costs + more, min(sigma, math.sqrt(least**2 + ERRORS**2 * beyond))
         level = sigma if self.sigma is None else least
+        w = w + self._apart(begin)
         for _ in range(1 if self.sigma is not None else READINGS):
             sigma = level
             w, more = self._descended(whole, w, sigma, 0.0)
@@ -123,6 +128,11 @@ class Search:
         misfit, count = self._misfit(whole, w), len(observed)
         explained = misfit <= least**2 * (count + DOUBT * math.sqrt(2.0 * count))
         return End(w, costs, level if self.sigma is None else least, misfit, count, explained)
+
+    def _apart(self, begin: Tensor) -> Tensor:
+        """A little of what the images of a batch began with: louder noise may have drawn those of equal labels together."""
+        size = float(begin.square().mean().sqrt())
+        return NUDGE / size * begin if len(begin) > 1 and size > 0 else torch.zeros_like(begin)
 
     def _off(self, equations: Equations, w: Tensor) -> Tensor:
         simulated = equations.simulated(self.prior.coefficients(w).reshape(-1), transformable=False)

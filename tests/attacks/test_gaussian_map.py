@@ -15,10 +15,10 @@ from attacks.image_statistics import CONTRAST, Gaussian
 from attacks.inverting_gradients import InvertingGradients
 from attacks.most_probable import Search
 from fedattack.errors import FedattackError
-from fedattack.metrics import psnr_db
+from fedattack.metrics import match_batch, psnr_db
 from fedattack.seeding import derive_generator
 from fedattack.tasks import Classification
-from fedattack.types import Knowledge, silent
+from fedattack.types import Knowledge, Update, silent
 
 SHAPE = (3, 8, 8)
 SIZE = math.prod(SHAPE)
@@ -158,39 +158,52 @@ def test_a_hidden_noise_level_is_read_off_the_residuals(patches, level):
 def test_what_is_left_over_says_nothing_where_the_noise_is_hidden(patches):
     """A search that is lost takes what it leaves for noise: no chi-square, and all starts are made."""
     model, update, knowledge, sigma = noisy(SHARP, patches.private.images([3]).double(), 0.1)
-    found = attack(model, update, replace(knowledge, defense=None), smoothing_steps=0, restarts=2)
+    found = attack(model, update, replace(knowledge, defense=None), smoothing_steps=0, iterations=1, restarts=2)
     assert found.diagnostics["noise_std"] > 1.3 * sigma
     assert "chi_square" not in found.diagnostics
     assert found.diagnostics["starts"] == 2.0
 
 
-def test_the_rounding_of_weights_is_noise(patches):
-    """A difference of two weights that were rounded says less than its own size promises."""
-    image = patches.private.images([3])
-    model, update, knowledge, _ = noisy(SMOOTH, image, 0.0, torch.float32)
-    rate = 0.001
-    received = {
-        name: sent - rate * update.received[name] for name, sent in update.sent.items() if name in update.received
-    }
-    weights = replace(update, kind="weights", received=received)
-    told = replace(knowledge, learning_rate=rate, local_steps=1, defense="none", public_images=patches.public.images())
-    found = attack(model, weights, told)
-    assert 0.1 < found.diagnostics["chi_square"] < 2.0
+@pytest.mark.parametrize("steps", [1, 16])
+def test_the_rounding_of_weights_is_noise(patches, steps):
+    """A difference of two weights that were rounded, at every local step, says less than its own size promises."""
+    image, rate = patches.private.images([3]), 0.001
+    model, client = SMOOTH.build_model(1), SMOOTH.build_model(1)
+    optimizer = torch.optim.SGD(client.parameters(), rate)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(client(image), torch.tensor([0])).backward()
+        optimizer.step()
+    sent, received = (
+        {name: tensor.detach().clone() for name, tensor in net.state_dict().items()} for net in (model, client)
+    )
+    update = Update(round=1, client="0", sent=sent, received=received, kind="weights", num_examples=1)
+    knowledge = Knowledge(
+        image_shape=SHAPE,
+        batch_size=1,
+        num_classes=4,
+        labels=torch.tensor([0]),
+        learning_rate=rate,
+        local_steps=steps,
+        defense="none",
+        public_images=patches.public.images(),
+    )
+    found = attack(model, update, knowledge, restarts=3)
+    assert 0.2 < found.diagnostics["chi_square"] < 2.0
     assert found.diagnostics["starts"] == 1.0
 
 
-def test_images_of_equal_labels_part(patches):
-    images = patches.private.images([3, 8]).double()
-    model = SMOOTH.build_model(1).double()
-    update = update_from(model, images, torch.tensor([1, 1]), dtype=torch.float64)
+@pytest.mark.parametrize("case", [SMOOTH, SHARP], ids=["smooth", "relu"])
+def test_images_of_equal_labels_part(patches, case):
+    images, labels = patches.private.images([3, 8]).double(), torch.tensor([1, 1])
+    model = case.build_model(1).double()
+    update = update_from(model, images, labels, dtype=torch.float64)
     knowledge = Knowledge(
-        image_shape=SHAPE,
-        batch_size=2,
-        num_classes=4,
-        labels=torch.tensor([1, 1]),
-        public_images=patches.public.images(),
+        image_shape=SHAPE, batch_size=2, num_classes=4, labels=labels, public_images=patches.public.images()
     )
     found = attack(model, update, knowledge, sigma=1e-4)
+    order = match_batch(found.images, images.float())
+    assert float(psnr_db(found.images[order].double(), images).min()) > 15.0
     assert float((found.images[0] - found.images[1]).abs().max()) > 0.1
 
 
