@@ -573,6 +573,19 @@ def test_a_rank_is_over_the_defenses_that_are_said() -> None:
     assert "RV is the largest of the updates" in found.note
 
 
+def test_a_state_whose_floor_took_too_long_is_ranked_by_the_rest() -> None:
+    """What noise a defense adds is known from other states: this one lacks its bound, not its RV nor what was measured."""
+    rows = [bounded("a", 30.0, 1.0, 5.0), bounded("b", 20.0, 2.0, 20.0)]
+    slow = rows[1]["floor"]
+    rows[1] |= {"floor": {name: slow[name] for name in slow if name in ("rv", "relative_rv", "update_rms")}}
+    found = ranking(rows)
+    assert found is not None
+    assert [line.updates for line in found.lines] == [1, 1]
+    bound = [line.figures[2] for line in found.lines]
+    assert (bound[0].rank, bound[1].value) == (1, None)
+    assert sorted(line.figures[3].value for line in found.lines) == [20.0, 30.0]
+
+
 def test_states_are_ranked_before_and_after_the_attack(tmp_path: Path) -> None:
     """(b) has the order of what was measured, RV the opposite one; a state with a hidden direction comes last."""
     rows = [bounded(f"model {i}", 30.0 - i, 10.0**i, 10.0**i, round=1) for i in range(3)]

@@ -180,11 +180,8 @@ def ranking(rows: Sequence[Row]) -> Ranking | None:
     }
     if len(states) < 2:
         return None
-    noisy = [
-        {summary.defense_of(row) for row in members if _positive(_floor(row), "noise_std")}
-        for members in states.values()
-    ]
-    shared = set.intersection(*noisy)
+    noisy = {summary.defense_of(row) for row in rows if _positive(_floor(row), "noise_std")}  # where a floor is known
+    shared = noisy.intersection(*({summary.defense_of(row) for row in members} for members in states.values()))
     under = shared or {"none"}
     raw = {state: _figures(members, under, bool(shared)) for state, members in states.items()}
     used = {state: _under(members, under) for state, members in states.items()}
