@@ -38,6 +38,12 @@ NARROWER = 0.5
 ERRORS = 4.0
 """How much more a copy may err on the client's images than on those that it finds, beyond the noise."""
 
+PROBABLE = 1.0
+"""Mean square of w of draws from the prior: a copy whose best images have more is explained with louder noise."""
+
+LOUDEST = 1024.0
+"""As loud as that may become, in units of the update's rms."""
+
 DOUBT = 5.0
 """Standard deviations that a misfit may have more than noise, and still be noise."""
 
@@ -114,8 +120,11 @@ class Search:
         free = max(len(observed) - begin.numel(), len(observed) // 4, 1)
         sigma, w, costs = loud, begin, [self._cost(whole, begin, loud)]
         for copy in self.copies:
-            w, more = self._descended(copy, w, sigma, EASY)
-            beyond = max(self._misfit(copy, w) / free - least**2, 0.0)
+            found, more = self._descended(copy, w, sigma, EASY)
+            while float(found.square().mean()) > PROBABLE and sigma < LOUDEST * loud:
+                sigma *= 2.0
+                found, more = self._descended(copy, w, sigma, EASY)
+            w, beyond = found, max(self._misfit(copy, found) / free - least**2, 0.0)
             costs, sigma = costs + more, min(sigma, math.sqrt(least**2 + ERRORS**2 * beyond))
         level = sigma if self.sigma is None else least
         w = w + self._apart(begin)

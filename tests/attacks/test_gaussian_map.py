@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -120,6 +121,32 @@ def test_of_linear_equations_it_is_the_closed_form():
     assert float((end.w[0] - exact).norm() / exact.norm()) < 1e-2
     assert float(exact.norm()) > 1.0
     assert end.explained
+
+
+def test_a_copy_that_only_improbable_images_explain_is_taken_for_a_noisy_one(monkeypatch):
+    """Its own error is no noise that could be read off: the images that it leads to must stay as probable as draws."""
+    generator = derive_generator(0, "linear")
+    matrix = torch.randn(300, SIZE, generator=generator, dtype=torch.float64)
+    prior = Gaussian.of(SHAPE, BASIS, drawn(100, correlated=True))
+    truth = prior.coefficients(torch.randn(SIZE, generator=generator, dtype=torch.float64))
+    equations = Linear(None, BASIS, matrix @ truth, 1e-12, matrix)
+    wrong = replace(equations, observed=100.0 * equations.observed)
+    heard: list[tuple[float, float]] = []
+    descended = Search._descended
+
+    def listening(search, which, begin, sigma, share):
+        found = descended(search, which, begin, sigma, share)
+        if which is wrong:
+            heard.append((sigma, float(found[0].square().mean())))
+        return found
+
+    monkeypatch.setattr(Search, "_descended", listening)
+    end = Search(equations, (wrong,), prior, 1e-3, 100, silent).run(torch.zeros(1, SIZE, dtype=torch.float64))
+    assert len(heard) > 1
+    assert all(probable > 1.0 for _, probable in heard[:-1])
+    assert heard[-1][1] <= 1.0
+    assert [b / a for (a, _), (b, _) in pairwise(heard)] == [2.0] * (len(heard) - 1)
+    assert float((prior.coefficients(end.w[0]) - truth).norm() / truth.norm()) < 1e-2
 
 
 # ------------------------------------------------------------------------------------------------ the images
