@@ -29,7 +29,7 @@ from fedattack.types import Knowledge, Progress, Reconstruction, Update, silent
 
 @dataclass(frozen=True)
 class GaussianMAP:
-    """Classifiers: the most probable images, by a Gaussian of public ones and the noise; seconds where others take minutes.
+    """Classifiers: the most probable images under the noise and a Gaussian of public ones; no network, no training.
 
     sigma: standard deviation of the noise on every entry of the (pseudo-)gradient; None: what the known defense says, else
     read off the residuals. iterations: outer steps of L-BFGS (up to 20 steps each), at most, for each model and noise level.

@@ -109,10 +109,14 @@ class Search:
     iterations: int
     progress: Callable[[int, int, float], None]
     runs: int = 1
-    descents: int = 0
+    stages: int = 0
+    done: int = 0
 
     def run(self, begin: Tensor) -> End:
-        """Noise that is unknown is first as loud as the update, then as the residuals say, again and again."""
+        """Noise that is unknown is first as loud as the update, then as the residuals say, again and again.
+
+        So is a copy's own error, unless that is not loud enough for its images to stay as probable as draws from the prior.
+        """
         whole = self.equations
         observed = whole.observed
         least = max(self.sigma or 0.0, whole.rounding)
@@ -126,12 +130,14 @@ class Search:
                 found, more = self._descended(copy, w, sigma, EASY)
             w, beyond = found, max(self._misfit(copy, found) / free - least**2, 0.0)
             costs, sigma = costs + more, min(sigma, math.sqrt(least**2 + ERRORS**2 * beyond))
+            self.stages += 1
         level = sigma if self.sigma is None else least
         w = w + self._apart(begin)
         for _ in range(1 if self.sigma is not None else READINGS):
             sigma = level
             w, more = self._descended(whole, w, sigma, 0.0)
             costs, level = costs + more, max(math.sqrt(self._misfit(whole, w) / free), least)
+            self.stages += 1
             if not level < SETTLED * sigma:
                 break
         misfit, count = self._misfit(whole, w), len(observed)
@@ -165,12 +171,12 @@ class Search:
         total = self.runs * (len(self.copies) + (READINGS if self.sigma is None else 1)) * self.iterations
         for step, _ in enumerate(islice(outer_steps(cost, [w]), self.iterations)):
             reached = self._cost(equations, w.detach(), sigma)
-            self.progress(min(self.descents * self.iterations + step + 1, total), total, reached)
+            self.done = min(max(self.done, self.stages * self.iterations + step + 1), total)
+            self.progress(self.done, total, reached)
             if not reached < lowest:
                 break
             best, gained, lowest = w.detach().clone(), lowest - reached, reached
             costs.append(lowest)
             if gained < max(SIGNIFICANT, share * lowest):
                 break
-        self.descents += 1
         return best, costs or [lowest]
