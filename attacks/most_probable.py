@@ -2,9 +2,12 @@
 
     argmin over w  ‖y − A(u(w))‖²/σ² + ‖w‖²        u(w): attacks/image_statistics.py, A: the simulated client
 
-Source: Liu, Nocedal, Mathematical Programming 45 (1989). Models with ReLUs are searched through smoothed copies first
-(attacks/smoothing.py), each narrower than the one before. These are not the client's model, so even the client's images would
-leave more over than noise: σ is taken for so much larger there, or the images would be bent to explain that, too.
+Source: Liu, Nocedal, Mathematical Programming 45 (1989). Far from the client's images an update's size says little more than
+how sure the model is of its answer, and a trained one's may be ten times too large: so on the way there only its direction is
+matched. A smooth model is searched first as if the noise were so loud that the prior has the last word, then less and less so;
+one with ReLUs through smoothed copies (attacks/smoothing.py), each narrower than the one before. These are not the client's
+model, so even the client's images would leave more over than noise: σ is taken for so much larger there, or the images would
+be bent to explain that, too.
 """
 
 import math
@@ -24,7 +27,14 @@ SIGNIFICANT = 1.0
 """What an outer step must gain, in units of the noise, or the search ends."""
 
 EASY = 1e-3
-"""On a smoothed copy: what it must gain as a share of the cost."""
+"""On the way: what it must gain as a share of the cost."""
+
+VAGUE, SURER = 4.0, 0.25
+"""The noise that a smooth model is first searched with, over what makes the equations say as much as the prior; every further
+one in units of that before."""
+
+TELLING = 0.25
+"""Such noise is no more than what the model leaves unexplained, or the true noise, where χ² of one equation is above this."""
 
 READINGS = 8
 """Times that an unknown noise level is read off the residuals, at most."""
@@ -69,6 +79,24 @@ def smoothed_copies(equations: Equations, prior: Gaussian, count: int, generator
 
 
 @dataclass(frozen=True)
+class Yardstick:
+    """How far a simulated update (m,) is from the observed one. sigma: the standard deviation of what may be between them;
+    free: the simulated update may be multiplied by any positive factor first."""
+
+    observed: Tensor
+    sigma: float
+    free: bool = False
+
+    def off(self, simulated: Tensor) -> Tensor:
+        """Squared and summed, in units of sigma²."""
+        there, wanted = simulated / self.sigma, self.observed / self.sigma
+        if self.free:
+            product, size = there @ wanted, there.square().sum()
+            there = torch.where(product > 0, product / size.clamp_min(torch.finfo(size.dtype).tiny), 1.0) * there
+        return (there - wanted).square().sum()
+
+
+@dataclass(frozen=True)
 class End:
     """Where one start led. costs: −2·log posterior, without constants, of each outer step, of its model and noise level.
 
@@ -109,11 +137,12 @@ class Search:
     iterations: int
     progress: Callable[[int, int, float], None]
     runs: int = 1
+    levels: Sequence[float] = ()
     stages: int = 0
     done: int = 0
 
     def run(self, begin: Tensor) -> End:
-        """Noise that is unknown is first as loud as the update, then as the residuals say, again and again.
+        """Noise that is unknown is first as loud as the way there leaves it, then as the residuals say, again and again.
 
         So is a copy's own error, unless that is not loud enough for its images to stay as probable as draws from the prior.
         """
@@ -122,25 +151,32 @@ class Search:
         least = max(self.sigma or 0.0, whole.rounding)
         loud = max(float(observed.square().mean().sqrt()), least)
         free = max(len(observed) - begin.numel(), len(observed) // 4, 1)
-        sigma, w, costs = loud, begin, [self._cost(whole, begin, loud)]
+        self.levels = [] if self.copies else _levels(loud * math.sqrt(len(observed) / begin.numel()), least)
+        w, costs, sigma = begin, [self._cost(whole, begin, self._known(loud))], loud
         for copy in self.copies:
-            found, more = self._descended(copy, w, sigma, EASY)
+            found, more = self._descended(copy, w, self._free(copy, sigma), EASY)
             while float(found.square().mean()) > PROBABLE and sigma < LOUDEST * loud:
                 sigma *= 2.0
-                found, more = self._descended(copy, w, sigma, EASY)
-            w, beyond = found, max(self._misfit(copy, found) / free - least**2, 0.0)
-            costs, sigma = costs + more, min(sigma, math.sqrt(least**2 + ERRORS**2 * beyond))
+                found, more = self._descended(copy, w, self._free(copy, sigma), EASY)
+            beyond = max(self._off(copy, found, self._free(copy, 1.0)) / free - least**2, 0.0)
+            w, costs, sigma = found, costs + more, min(sigma, math.sqrt(least**2 + ERRORS**2 * beyond))
             self.stages += 1
+        for level in self.levels:
+            w, more = self._descended(whole, w, self._free(whole, level), EASY)
+            costs, sigma = costs + more, min(level, loud)
+            self.stages += 1
+            if self._off(whole, w, self._free(whole, level)) > TELLING * len(observed):
+                break
         level = sigma if self.sigma is None else least
         w = w + self._apart(begin)
         for _ in range(1 if self.sigma is not None else READINGS):
             sigma = level
-            w, more = self._descended(whole, w, sigma, 0.0)
-            costs, level = costs + more, max(math.sqrt(self._misfit(whole, w) / free), least)
+            w, more = self._descended(whole, w, self._known(sigma), 0.0)
+            costs, level = costs + more, max(math.sqrt(self._misfit(w) / free), least)
             self.stages += 1
             if not level < SETTLED * sigma:
                 break
-        misfit, count = self._misfit(whole, w), len(observed)
+        misfit, count = self._misfit(w), len(observed)
         explained = misfit <= least**2 * (count + DOUBT * math.sqrt(2.0 * count))
         return End(w, costs, level if self.sigma is None else least, misfit, count, explained)
 
@@ -149,28 +185,40 @@ class Search:
         size = float(begin.square().mean().sqrt())
         return NUDGE / size * begin if len(begin) > 1 and size > 0 else torch.zeros_like(begin)
 
-    def _off(self, equations: Equations, w: Tensor) -> Tensor:
-        simulated = equations.simulated(self.prior.coefficients(w).reshape(-1), transformable=False)
-        return simulated - equations.observed
+    def _known(self, sigma: float) -> Yardstick:
+        return Yardstick(self.equations.observed, sigma)
 
-    def _misfit(self, equations: Equations, w: Tensor) -> float:
+    @staticmethod
+    def _free(equations: Equations, sigma: float) -> Yardstick:
+        return Yardstick(equations.observed, sigma, free=True)
+
+    def _simulated(self, equations: Equations, w: Tensor) -> Tensor:
+        return equations.simulated(self.prior.coefficients(w).reshape(-1), transformable=False)
+
+    def _off(self, equations: Equations, w: Tensor, yardstick: Yardstick) -> float:
         with torch.no_grad():
-            return float(self._off(equations, w).square().sum())
+            return float(yardstick.off(self._simulated(equations, w)))
 
-    def _cost(self, equations: Equations, w: Tensor, sigma: float) -> float:
-        return self._misfit(equations, w) / sigma**2 + float(w.square().sum())
+    def _misfit(self, w: Tensor) -> float:
+        return self._off(self.equations, w, self._known(1.0))
 
-    def _descended(self, equations: Equations, begin: Tensor, sigma: float, share: float) -> tuple[Tensor, list[float]]:
+    def _cost(self, equations: Equations, w: Tensor, yardstick: Yardstick) -> float:
+        return self._off(equations, w, yardstick) + float(w.square().sum())
+
+    def _descended(
+        self, equations: Equations, begin: Tensor, yardstick: Yardstick, share: float
+    ) -> tuple[Tensor, list[float]]:
         """The lowest point of L-BFGS and the cost after every outer step, until one gains less than noise does, or `share`."""
-        w, best, lowest = begin.clone().requires_grad_(), begin, self._cost(equations, begin, sigma)
+        w, best, lowest = begin.clone().requires_grad_(), begin, self._cost(equations, begin, yardstick)
         costs: list[float] = []
 
         def cost() -> Tensor:
-            return (self._off(equations, w) / sigma).square().sum() + w.square().sum()
+            return yardstick.off(self._simulated(equations, w)) + w.square().sum()
 
-        total = self.runs * (len(self.copies) + (READINGS if self.sigma is None else 1)) * self.iterations
+        last = READINGS if self.sigma is None else 1
+        total = self.runs * (len(self.copies) + len(self.levels) + last) * self.iterations
         for step, _ in enumerate(islice(outer_steps(cost, [w]), self.iterations)):
-            reached = self._cost(equations, w.detach(), sigma)
+            reached = self._cost(equations, w.detach(), yardstick)
             self.done = min(max(self.done, self.stages * self.iterations + step + 1), total)
             self.progress(self.done, total, reached)
             if not reached < lowest:
@@ -180,3 +228,12 @@ class Search:
             if gained < max(SIGNIFICANT, share * lowest):
                 break
         return best, costs or [lowest]
+
+
+def _levels(equal: float, least: float) -> list[float]:
+    """Of the noise, downwards. equal: where the equations say as much as the prior."""
+    level, levels = VAGUE * equal, list[float]()
+    while level > least:
+        levels.append(level)
+        level *= SURER
+    return levels

@@ -14,7 +14,7 @@ from attacks.coefficients import Cosines, Equations
 from attacks.gaussian_map import GaussianMAP
 from attacks.image_statistics import CONTRAST, Gaussian
 from attacks.inverting_gradients import InvertingGradients
-from attacks.most_probable import Search
+from attacks.most_probable import Search, Yardstick
 from fedattack.errors import FedattackError
 from fedattack.metrics import match_batch, psnr_db
 from fedattack.seeding import derive_generator
@@ -98,12 +98,13 @@ def test_without_public_images_it_is_the_power_law():
 # ------------------------------------------------------------------------------------------------ the search
 @dataclass(frozen=True)
 class Linear(Equations):
-    """y = M·u + n."""
+    """y = M·u + constant + n."""
 
     matrix: Tensor | None = None
+    constant: float = 0.0
 
     def simulated(self, u: Tensor, transformable: bool = True) -> Tensor:
-        return self.matrix @ u
+        return self.matrix @ u + self.constant
 
 
 def test_of_linear_equations_it_is_the_closed_form():
@@ -129,15 +130,16 @@ def test_a_copy_that_only_improbable_images_explain_is_taken_for_a_noisy_one(mon
     matrix = torch.randn(300, SIZE, generator=generator, dtype=torch.float64)
     prior = Gaussian.of(SHAPE, BASIS, drawn(100, correlated=True))
     truth = prior.coefficients(torch.randn(SIZE, generator=generator, dtype=torch.float64))
-    equations = Linear(None, BASIS, matrix @ truth, 1e-12, matrix)
-    wrong = replace(equations, observed=100.0 * equations.observed)
+    equations = Linear(None, BASIS, matrix @ truth + 100.0, 1e-12, matrix, 100.0)
+    far = prior.coefficients(1000.0 * torch.randn(SIZE, generator=generator, dtype=torch.float64))
+    wrong = replace(equations, observed=matrix @ far + 100.0)
     heard: list[tuple[float, float]] = []
     descended = Search._descended
 
-    def listening(search, which, begin, sigma, share):
-        found = descended(search, which, begin, sigma, share)
+    def listening(search, which, begin, yardstick, share):
+        found = descended(search, which, begin, yardstick, share)
         if which is wrong:
-            heard.append((sigma, float(found[0].square().mean())))
+            heard.append((yardstick.sigma, float(found[0].square().mean())))
         return found
 
     monkeypatch.setattr(Search, "_descended", listening)
@@ -147,6 +149,17 @@ def test_a_copy_that_only_improbable_images_explain_is_taken_for_a_noisy_one(mon
     assert heard[-1][1] <= 1.0
     assert [b / a for (a, _), (b, _) in pairwise(heard)] == [2.0] * (len(heard) - 1)
     assert float((prior.coefficients(end.w[0]) - truth).norm() / truth.norm()) < 1e-2
+
+
+def test_on_the_way_only_the_direction_of_an_update_is_matched():
+    observed = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    known, free = Yardstick(observed, 0.5), Yardstick(observed, 0.5, free=True)
+    aside = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)
+    assert float(known.off(7.0 * observed)) == pytest.approx(4.0 * 36.0 * float(observed.square().sum()))
+    assert float(free.off(7.0 * observed)) < 1e-20
+    assert float(free.off(7.0 * (observed + 0.1 * aside))) == pytest.approx(float(free.off(observed + 0.1 * aside)))
+    assert float(free.off(-7.0 * observed)) == pytest.approx(4.0 * 64.0 * float(observed.square().sum()))
+    assert float(free.off(torch.zeros(3, dtype=torch.float64))) == pytest.approx(4.0 * float(observed.square().sum()))
 
 
 # ------------------------------------------------------------------------------------------------ the images
@@ -293,3 +306,28 @@ def test_a_residual_network_with_relus_is_inverted_under_noise(patches):
     knowledge = replace(knowledge, public_images=patches.public.images())
     led, alone = (attack(model, update, knowledge, smoothing_steps=steps) for steps in (7, 0))
     assert float(psnr_db(led.images, image)) > float(psnr_db(alone.images, image)) + 3.0
+
+
+@pytest.mark.parametrize("number", [3, 4])
+def test_a_trained_model_that_is_sure_of_its_answer_is_inverted(patches, number, monkeypatch):
+    """At the mean public image its update is many times the client's: with its size matched the search stands still."""
+    case = replace(SMOOTH, name="convnet", model="convnet-small", options={"activation": "gelu"})
+    model = case.build_model(1).double()
+    images, labels = patches.private.images(list(range(10))).double(), torch.arange(10) % 4
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(100):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    image, label = images[[number]], labels[[number]]
+    with torch.no_grad():
+        assert float(model(image).softmax(-1)[0, label]) > 0.99
+    update = update_from(model, image, label, dtype=torch.float64)
+    sigma = 0.1 * float(torch.cat([t.reshape(-1) for t in update.received.values()]).square().mean().sqrt())
+    knowledge = Knowledge(
+        image_shape=SHAPE, batch_size=1, num_classes=4, labels=label, public_images=patches.public.images()
+    )
+    free = attack(model, update, knowledge, sigma=sigma)
+    monkeypatch.setattr(Search, "_free", staticmethod(lambda which, level: Yardstick(which.observed, level)))
+    sized = attack(model, update, knowledge, sigma=sigma)
+    assert float(psnr_db(free.images, image)) > float(psnr_db(sized.images, image)) + 4.0
