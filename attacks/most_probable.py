@@ -4,10 +4,10 @@
 
 Source: Liu, Nocedal, Mathematical Programming 45 (1989). Far from the client's images an update's size says little more than
 how sure the model is of its answer, and a trained one's may be ten times too large: so on the way there only its direction is
-matched. A smooth model is searched first as if the noise were so loud that the prior has the last word, then less and less so;
-one with ReLUs through smoothed copies (attacks/smoothing.py), each narrower than the one before. These are not the client's
-model, so even the client's images would leave more over than noise: σ is taken for so much larger there, or the images would
-be bent to explain that, too.
+matched. A model is searched first as if the noise were so loud that the prior has the last word, then less and less so; one
+with ReLUs instead through smoothed copies (attacks/smoothing.py), each narrower than the one before. These are not the
+client's model, so even the client's images would leave more over than noise: σ is taken for so much larger there, or the
+images would be bent to explain that, too.
 """
 
 import math
@@ -30,11 +30,11 @@ EASY = 1e-3
 """On the way: what it must gain as a share of the cost."""
 
 VAGUE, SURER = 4.0, 0.25
-"""The noise that a smooth model is first searched with, over what makes the equations say as much as the prior; every further
-one in units of that before."""
+"""The noise that a model without copies is first searched with, over what makes the equations say as much as the prior; every
+further one in units of that before. Images that were drawn begin at the update's own rms, or all would lead to the same end."""
 
 TELLING = 0.25
-"""Such noise is no more than what the model leaves unexplained, or the true noise, where χ² of one equation is above this."""
+"""Such noise is at most twice what the model leaves unexplained, or the true noise, where χ² of one equation is above this."""
 
 READINGS = 8
 """Times that an unknown noise level is read off the residuals, at most."""
@@ -81,24 +81,27 @@ def smoothed_copies(equations: Equations, prior: Gaussian, count: int, generator
 @dataclass(frozen=True)
 class Yardstick:
     """How far a simulated update (m,) is from the observed one. sigma: the standard deviation of what may be between them;
-    free: the simulated update may be multiplied by any positive factor first."""
+    free: the simulated update may be multiplied by any positive factor first; one that points away is the worse for it."""
 
     observed: Tensor
     sigma: float
     free: bool = False
 
     def off(self, simulated: Tensor) -> Tensor:
-        """Squared and summed, in units of sigma²."""
+        """Squared and summed, in units of sigma²; free, ‖y‖²·(1 − cos·|cos|)."""
         there, wanted = simulated / self.sigma, self.observed / self.sigma
-        if self.free:
-            product, size = there @ wanted, there.square().sum()
-            there = torch.where(product > 0, product / size.clamp_min(torch.finfo(size.dtype).tiny), 1.0) * there
-        return (there - wanted).square().sum()
+        if not self.free:
+            return (there - wanted).square().sum()
+        least = torch.finfo(there.dtype).tiny ** 0.25  # squares and quotients of this are still numbers
+        unit = there / there.detach().abs().amax().clamp_min(least)
+        product, size = unit @ wanted, unit.square().sum().clamp_min(least**2)
+        towards = (product / size * unit - wanted).square().sum()
+        return torch.where(product > 0, towards, wanted.square().sum() + product.square() / size)
 
 
 @dataclass(frozen=True)
 class End:
-    """Where one start led. costs: −2·log posterior, without constants, of each outer step, of its model and noise level.
+    """Where one start led. costs: −2·log posterior, without constants, of each outer step, of its model, noise and yardstick.
 
     sigma: the noise, as it is known or as the residuals say; misfit: ‖y − A‖². explained: whether what is left is no more than
     noise that is known (or rounding): of what is read off the residuals nothing else can be said.
@@ -142,9 +145,10 @@ class Search:
     done: int = 0
 
     def run(self, begin: Tensor) -> End:
-        """Noise that is unknown is first as loud as the way there leaves it, then as the residuals say, again and again.
+        """Noise that is unknown is first as loud as the way leaves it, then as the residuals say, again and again.
 
-        So is a copy's own error, unless that is not loud enough for its images to stay as probable as draws from the prior.
+        A copy's own error, too, is what it leaves over, unless that is not loud enough for its images to stay as probable as
+        draws from the prior.
         """
         whole = self.equations
         observed = whole.observed
@@ -152,6 +156,7 @@ class Search:
         loud = max(float(observed.square().mean().sqrt()), least)
         free = max(len(observed) - begin.numel(), len(observed) // 4, 1)
         self.levels = [] if self.copies else _levels(loud * math.sqrt(len(observed) / begin.numel()), least)
+        drawn, before = self.stages > 0, self.stages
         w, costs, sigma = begin, [self._cost(whole, begin, self._known(loud))], loud
         for copy in self.copies:
             found, more = self._descended(copy, w, self._free(copy, sigma), EASY)
@@ -162,23 +167,36 @@ class Search:
             w, costs, sigma = found, costs + more, min(sigma, math.sqrt(least**2 + ERRORS**2 * beyond))
             self.stages += 1
         for level in self.levels:
-            w, more = self._descended(whole, w, self._free(whole, level), EASY)
-            costs, sigma = costs + more, min(level, loud)
             self.stages += 1
-            if self._off(whole, w, self._free(whole, level)) > TELLING * len(observed):
+            if drawn and level > loud:
+                continue
+            w, more = self._descended(whole, w + self._apart(begin), self._free(whole, level), EASY)
+            costs, sigma = costs + more, min(level / SURER, loud)
+            if level <= loud and self._off(whole, w, self._free(whole, level)) > TELLING * free:
                 break
+        self.stages = before + len(self.copies) + len(self.levels)
         level = sigma if self.sigma is None else least
         w = w + self._apart(begin)
-        for _ in range(1 if self.sigma is not None else READINGS):
+        for _ in range(self._readings):
             sigma = level
             w, more = self._descended(whole, w, self._known(sigma), 0.0)
             costs, level = costs + more, max(math.sqrt(self._misfit(w) / free), least)
             self.stages += 1
             if not level < SETTLED * sigma:
                 break
+        self.stages = before + self._planned
         misfit, count = self._misfit(w), len(observed)
         explained = misfit <= least**2 * (count + DOUBT * math.sqrt(2.0 * count))
         return End(w, costs, level if self.sigma is None else least, misfit, count, explained)
+
+    @property
+    def _readings(self) -> int:
+        return READINGS if self.sigma is None else 1
+
+    @property
+    def _planned(self) -> int:
+        """Descents of one search, at most, but for those of copies that are repeated."""
+        return len(self.copies) + len(self.levels) + self._readings
 
     def _apart(self, begin: Tensor) -> Tensor:
         """A little of what the images of a batch began with: louder noise may have drawn those of equal labels together."""
@@ -215,8 +233,7 @@ class Search:
         def cost() -> Tensor:
             return yardstick.off(self._simulated(equations, w)) + w.square().sum()
 
-        last = READINGS if self.sigma is None else 1
-        total = self.runs * (len(self.copies) + len(self.levels) + last) * self.iterations
+        total = self.runs * self._planned * self.iterations
         for step, _ in enumerate(islice(outer_steps(cost, [w]), self.iterations)):
             reached = self._cost(equations, w.detach(), yardstick)
             self.done = min(max(self.done, self.stages * self.iterations + step + 1), total)

@@ -151,6 +151,62 @@ def test_a_copy_that_only_improbable_images_explain_is_taken_for_a_noisy_one(mon
     assert float((prior.coefficients(end.w[0]) - truth).norm() / truth.norm()) < 1e-2
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("size", [1e-25, 1e-18, 1.0, 1e15])
+def test_a_direction_has_finite_slopes_however_small_the_update(sign, size):
+    observed = torch.randn(100, generator=derive_generator(0, "observed"))
+    simulated = (sign * size * (observed + 0.1)).requires_grad_()
+    (slope,) = torch.autograd.grad(Yardstick(observed, 1.0, free=True).off(simulated), simulated)
+    assert bool(slope.isfinite().all())
+
+
+def test_an_update_of_zeros_has_a_finite_slope():
+    zeros = torch.zeros(3, requires_grad=True)
+    (slope,) = torch.autograd.grad(Yardstick(torch.ones(3), 1.0, free=True).off(0.0 * zeros), zeros)
+    assert bool(slope.isfinite().all())
+
+
+@pytest.mark.parametrize("level", [0.03, 0.045, 0.065, 0.095])
+def test_noise_that_is_read_off_the_residuals_is_as_good_as_known(level):
+    """Wherever it falls between the levels that are tried on the way."""
+    generator = derive_generator(0, "linear")
+    matrix = torch.randn(400, SIZE, generator=generator, dtype=torch.float64)
+    prior = Gaussian.of(SHAPE, BASIS, drawn(100, correlated=False))
+    truth = prior.coefficients(torch.randn(SIZE, generator=generator, dtype=torch.float64))
+    clean = matrix @ truth + 5.0
+    sigma = level * float(clean.square().mean().sqrt())
+    observed = clean + sigma * torch.randn(400, generator=generator, dtype=torch.float64)
+    equations = Linear(None, BASIS, observed, 1e-12, matrix, 5.0)
+    begin = torch.zeros(1, SIZE, dtype=torch.float64)
+    known, hidden = (Search(equations, (), prior, told, 100, silent).run(begin) for told in (sigma, None))
+    errors = [float((prior.coefficients(end.w[0]) - truth).norm()) for end in (known, hidden)]
+    assert errors[1] < 1.05 * errors[0]
+    assert hidden.sigma == pytest.approx(sigma, rel=0.25)
+
+
+def test_images_that_are_drawn_lead_to_ends_of_their_own(monkeypatch):
+    """With the loudest noise all would begin at the same most probable images."""
+    generator = derive_generator(0, "linear")
+    matrix = torch.randn(300, SIZE, generator=generator, dtype=torch.float64)
+    prior = Gaussian.of(SHAPE, BASIS, drawn(100, correlated=True))
+    observed = matrix @ prior.coefficients(torch.randn(SIZE, generator=generator, dtype=torch.float64))
+    rms = float(observed.square().mean().sqrt())
+    search = Search(Linear(None, BASIS, observed, 1e-12, matrix), (), prior, 0.1 * rms, 5, silent, runs=2)
+    heard: list[list[float]] = []
+    descended = Search._descended
+
+    def listening(search, which, begin, yardstick, share):
+        heard[-1].append(yardstick.sigma / rms)
+        return descended(search, which, begin, yardstick, share)
+
+    monkeypatch.setattr(Search, "_descended", listening)
+    for begin in (torch.zeros(1, SIZE), torch.randn(1, SIZE, generator=generator)):
+        heard.append([])
+        search.run(begin.double())
+    assert heard[0][0] > 4.0
+    assert 0.25 < heard[1][0] <= 1.0
+
+
 def test_on_the_way_only_the_direction_of_an_update_is_matched():
     observed = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     known, free = Yardstick(observed, 0.5), Yardstick(observed, 0.5, free=True)
@@ -158,7 +214,8 @@ def test_on_the_way_only_the_direction_of_an_update_is_matched():
     assert float(known.off(7.0 * observed)) == pytest.approx(4.0 * 36.0 * float(observed.square().sum()))
     assert float(free.off(7.0 * observed)) < 1e-20
     assert float(free.off(7.0 * (observed + 0.1 * aside))) == pytest.approx(float(free.off(observed + 0.1 * aside)))
-    assert float(free.off(-7.0 * observed)) == pytest.approx(4.0 * 64.0 * float(observed.square().sum()))
+    assert float(free.off(-7.0 * observed)) == pytest.approx(8.0 * float(observed.square().sum()))
+    assert float(free.off(aside)) == pytest.approx(4.0 * float(observed.square().sum()))
     assert float(free.off(torch.zeros(3, dtype=torch.float64))) == pytest.approx(4.0 * float(observed.square().sum()))
 
 
@@ -279,8 +336,9 @@ def test_more_starts_are_made_until_one_explains_the_update(patches):
     assert attack(model, update, knowledge, restarts=3).diagnostics["starts"] == 1.0
 
 
-def test_progress_never_goes_back_nor_past_its_end(patches):
-    model, update, knowledge, _ = noisy(SHARP, patches.private.images([3]).double(), 0.1)
+@pytest.mark.parametrize("case", [SMOOTH, SHARP], ids=["smooth", "relu"])
+def test_progress_never_goes_back_nor_past_its_end(patches, case):
+    model, update, knowledge, _ = noisy(case, patches.private.images([3]).double(), 0.1)
     told: list[tuple[int, int]] = []
     attack(model, update, replace(knowledge, defense=None), lambda *now: told.append(now[:2]), restarts=2)
     done = [step for step, _ in told]
