@@ -70,7 +70,8 @@ class GGCDM:
 
     For guidance "posterior": sigma: standard deviation of the noise on every entry of the (pseudo-)gradient; None: what
     the known defense says, else read off the residuals. linearisations: along the chain, first where up to `iterations` trial
-    steps lead, the others at the mean of the chains. dense_limit: pixels beyond which conjugate gradients of up to inner_steps
+    steps lead, the others at the mean of the chains. descent_iterations, smoothing_steps: of the search before those steps, see
+    `gaussian-map`; no iterations: none. dense_limit: pixels beyond which conjugate gradients of up to inner_steps
     iterations replace the Jacobian. trust: in the prior, whose measured errors C_t are divided by it. average: the mean of
     the chains is the result, not the one with the least distance; None: for this guidance only.
     """
