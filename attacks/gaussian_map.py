@@ -20,11 +20,15 @@ from attacks.coefficients import Equations
 from attacks.image_statistics import Gaussian
 from attacks.labels import infer_labels
 from attacks.matching import DTYPES, pose
-from attacks.most_probable import NUDGE, End, Search, smoothed_copies
+from attacks.most_probable import NUDGE, End, Search
 from attacks.noise import noise_level
 from fedattack.errors import FedattackError, must, one_of
 from fedattack.tasks import Task
 from fedattack.types import Knowledge, Progress, Reconstruction, Update, silent
+
+FINEST = 3e-5
+"""Of the update's rms: noise that nobody told of is not taken for less, or a clean update would be fitted for many minutes,
+down to rounding, which second-order does faster."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,11 @@ class GaussianMAP:
     """Classifiers: the most probable images under the noise and a Gaussian of public ones; no network, no training.
 
     sigma: standard deviation of the noise on every entry of the (pseudo-)gradient; None: what the known defense says, else
-    read off the residuals. iterations: outer steps of L-BFGS (up to 20 steps each), at most, for each model and noise level.
-    smoothing_steps: smoothed copies of a model whose modules include ReLUs; 0: none. restarts: starts, the prior's mean first,
-    then draws from it, until one explains the update down to its noise; where that is unknown all of them are made, and the one
-    that needs the least noise is taken.
+    read off the residuals, and at least 3e-5 of the update's rms: second-order, with this as its start, fits clean updates to
+    their rounding sooner. iterations: outer steps of L-BFGS (up to 20 steps each), at most, for each model and noise level.
+    smoothing_steps: smoothed copies of a model whose modules include ReLUs, GELUs or SiLUs; 0: none. restarts: starts, the
+    prior's mean first, then draws from it, until one explains the update down to its noise; where that is unknown all of them
+    are made, and the one that needs the least noise is taken.
     """
 
     name: ClassVar[str] = "gaussian-map"
@@ -44,7 +49,7 @@ class GaussianMAP:
 
     sigma: float | None = None
     iterations: int = 100
-    smoothing_steps: int = 7
+    smoothing_steps: int = 9
     restarts: int = 1
     precision: str = "float64"
 
@@ -73,12 +78,15 @@ class GaussianMAP:
             knowledge = replace(knowledge, labels=infer_labels(update, model, knowledge, generator=generator))
         problem = pose(update, model, task, knowledge, precision=self.precision)
         equations = Equations.of(problem, update)
+        if self.sigma is None:
+            finest = FINEST * float(equations.observed.square().mean().sqrt())
+            equations = replace(equations, rounding=max(equations.rounding, finest))
         known = None if knowledge.defense is None else noise_level(update, knowledge)
         shape = problem.unknown["images"].shape
         prior = Gaussian.of((shape[1], shape[2], shape[3]), equations.basis, knowledge.public_images)
-        copies = smoothed_copies(equations, prior, self.smoothing_steps, generator)
         sigma = known if self.sigma is None else self.sigma
-        search = Search(equations, copies, prior, sigma, self.iterations, progress, self.restarts)
+        steps, runs = self.smoothing_steps, self.restarts
+        search = Search.of(equations, prior, sigma, self.iterations, steps, generator, progress, runs)
         ends: list[End] = []
         while len(ends) < self.restarts and not (ends and ends[-1].explained):
             drawn = torch.randn(shape[0], math.prod(shape[1:]), generator=generator, dtype=torch.float64)

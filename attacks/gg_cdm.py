@@ -30,7 +30,7 @@ from attacks.controls import STATISTICAL, changed, snapshot_steps, usual_control
 from attacks.image_statistics import Gaussian
 from attacks.labels import infer_labels
 from attacks.matching import DISTANCES, Match, Problem, objective, pose, reconstruction, silence_cost
-from attacks.most_probable import Search, smoothed_copies
+from attacks.most_probable import Search
 from attacks.noise import noise_level
 from attacks.posterior import Likelihood, linearise
 from attacks.starting import first_guess, random_start
@@ -94,7 +94,7 @@ class GGCDM:
     sigma: float | None = None
     linearisations: int = 4
     descent_iterations: int = 100
-    smoothing_steps: int = 7
+    smoothing_steps: int = 9
     iterations: int = 24
     inner_steps: int = 100
     dense_limit: int = 4096
@@ -401,8 +401,8 @@ def _renewed(
     attack, descent = chain.attack, None
     if before is None and attack.descent_iterations:
         prior = Gaussian.diagonal(*(vector.reshape(chain.shape[1], -1) for vector in (anchor, variances.sqrt())))
-        copies = smoothed_copies(equations, prior, attack.smoothing_steps, chain.generator)
-        descent = Search(equations, copies, prior, sigma, attack.descent_iterations, chain.searching)
+        outer, steps = attack.descent_iterations, attack.smoothing_steps
+        descent = Search.of(equations, prior, sigma, outer, steps, chain.generator, chain.searching)
     return linearise(
         equations,
         anchor if before is None else means.mean(0),

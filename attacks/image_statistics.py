@@ -33,18 +33,25 @@ MOST = 1024
 ROUNDING = 1e-12
 """Of a variance, in units of the largest: less is none."""
 
+USUAL = 0.9
+"""This share of the images have no larger mean square of w than `Gaussian.usual`."""
+
 SHARES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Over the coefficients (n,) of one image in [−1, 1]. directions (n,k), variances (k,) in units of spread²; share: s."""
+    """Over the coefficients (n,) of one image in [−1, 1]. directions (n,k), variances (k,) in units of spread²; share: s.
+
+    usual: the mean square of w that images have at most, but for a few: 1 of draws, more of real ones.
+    """
 
     mean: Tensor
     spread: Tensor
     directions: Tensor
     variances: Tensor
     share: float
+    usual: float = 1.0
 
     @staticmethod
     def diagonal(mean: Tensor, spread: Tensor) -> "Gaussian":
@@ -67,7 +74,9 @@ class Gaussian:
         fits = [(general._fitted(half), other) for half, other in (halves, halves[::-1])]
         scores = [sum(fit._with(share)._log_density(other) for fit, other in fits) for share in SHARES]
         share = SHARES[max(range(len(SHARES)), key=scores.__getitem__)]
-        return general._fitted(seen)._with(share)._to(basis.rows)
+        squares = torch.cat([fit._with(share)._draws(other).square().mean(1) for fit, other in fits])
+        usual = max(1.0, float(squares.quantile(USUAL)))
+        return replace(general._fitted(seen)._with(share), usual=usual)._to(basis.rows)
 
     def coefficients(self, w: Tensor) -> Tensor:
         """(…,n) of draws w (…,n)."""
@@ -97,7 +106,13 @@ class Gaussian:
         mean, spread, directions, variances = (
             tensor.to(like) for tensor in (self.mean, self.spread, self.directions, self.variances)
         )
-        return Gaussian(mean, spread, directions, variances, self.share)
+        return Gaussian(mean, spread, directions, variances, self.share, self.usual)
+
+    def _draws(self, seen: Tensor) -> Tensor:
+        """w (N,n) of coefficients (N,n)."""
+        whitened = (seen - self.mean) / self.spread
+        shorter = (self.share / ((1.0 - self.share) * self.variances + self.share)).sqrt() - 1.0
+        return (whitened + ((whitened @ self.directions) * shorter) @ self.directions.T) / math.sqrt(self.share)
 
     def _log_density(self, seen: Tensor) -> float:
         """Of coefficients (N,n), without constants."""

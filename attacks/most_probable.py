@@ -4,10 +4,10 @@
 
 Source: Liu, Nocedal, Mathematical Programming 45 (1989). Far from the client's images an update's size says little more than
 how sure the model is of its answer, and a trained one's may be ten times too large: so on the way there only its direction is
-matched. A model is searched first as if the noise were so loud that the prior has the last word, then less and less so; one
-with ReLUs instead through smoothed copies (attacks/smoothing.py), each narrower than the one before. These are not the
-client's model, so even the client's images would leave more over than noise: σ is taken for so much larger there, or the
-images would be bent to explain that, too.
+matched, first as if the noise were so loud that the prior has the last word, then less and less so: on smoothed copies of the
+model (attacks/smoothing.py), each narrower than the one before, or, where there is nothing to smooth or copies of a smooth
+model do not lead near, on the model itself. Copies are not the client's model, so even the client's images would leave more
+over than noise: σ is taken for so much larger there, or the images would be bent to explain that, too.
 """
 
 import math
@@ -21,7 +21,7 @@ from torch import Tensor
 from attacks.coefficients import Equations
 from attacks.image_statistics import Gaussian
 from attacks.matching import outer_steps
-from attacks.smoothing import kinks, smoothed, spreads
+from attacks.smoothing import bends, kinks, smoothed, spreads
 
 SIGNIFICANT = 1.0
 """What an outer step must gain, in units of the noise, or the search ends."""
@@ -42,14 +42,16 @@ READINGS = 8
 SETTLED = 0.8
 """A level that falls less than to this share of the one before is the last."""
 
-NARROWER = 0.5
-"""The width of a smoothed copy in units of that of the one before; the first has that of what its ReLUs are given."""
+WIDEST, NARROWER = 4.0, 0.5
+"""The width of the first smoothed copy, in units of what its activations are given, and of others in that of the one before. At
+first a copy is nearly linear, and hardly has more than one place to end in."""
 
-ERRORS = 4.0
+ERRORS = 10.0
 """How much more a copy may err on the client's images than on those that it finds, beyond the noise."""
 
-PROBABLE = 1.0
-"""Mean square of w of draws from the prior: a copy whose best images have more is explained with louder noise."""
+NEAR = 0.02
+"""A smooth model itself is searched, without further copies, as soon as it leaves no more than this share of the update, and
+noise: it leads on from there, where ReLUs still do not."""
 
 LOUDEST = 1024.0
 """As loud as that may become, in units of the update's rms."""
@@ -61,21 +63,11 @@ NUDGE = 1e-2
 """By which the images of a batch differ at first, in units of the prior's spread: those of equal labels have equal gradients
 where they are equal, and would stay so."""
 
+WIDE = 2
+"""So many of the widest copies are left out where images were drawn, or all would lead to the same end."""
+
 DRAWN = 8
 """Images drawn from the prior, by which widths are measured."""
-
-
-def smoothed_copies(equations: Equations, prior: Gaussian, count: int, generator: torch.Generator) -> list[Equations]:
-    """The same equations for `count` smoothed copies of a model with ReLUs, the widest first; none for a smooth model."""
-    problem = equations.problem
-    if not count or not kinks(problem.model):
-        return []
-    drawn = torch.randn(DRAWN, *prior.mean.shape, generator=generator, dtype=torch.float64).to(prior.mean)
-    images = equations.basis.back(prior.coefficients(drawn).reshape(-1, *problem.unknown["images"].shape[1:]))
-    spread = spreads(problem.model, problem.sent, (0.5 + 0.5 * images).clamp(0.0, 1.0))
-    widths = [NARROWER**step for step in range(count)]
-    models = [smoothed(problem.model, {name: width * size for name, size in spread.items()}) for width in widths]
-    return [replace(equations, problem=replace(problem, model=model)) for model in models]
 
 
 @dataclass(frozen=True)
@@ -128,8 +120,10 @@ class End:
 @dataclass
 class Search:
     """From one w (B,n) after the other. copies: of smoothed models, first to last. sigma: of the noise; None: unknown.
+    sharp: whether the model's own gradients jump.
 
-    iterations: outer steps for each model and each noise level, at most. progress hears of all of them; `runs`: how many
+    iterations: outer steps for each model and each noise level, at most; noise is read off the residuals again while there were
+    fewer. progress hears of all of them; `runs`: how many
     searches it shall expect.
     """
 
@@ -140,63 +134,136 @@ class Search:
     iterations: int
     progress: Callable[[int, int, float], None]
     runs: int = 1
+    sharp: bool = True
     levels: Sequence[float] = ()
     stages: int = 0
     done: int = 0
 
-    def run(self, begin: Tensor) -> End:
-        """Noise that is unknown is first as loud as the way leaves it, then as the residuals say, again and again.
+    @staticmethod
+    def of(
+        equations: Equations,
+        prior: Gaussian,
+        sigma: float | None,
+        iterations: int,
+        smoothing_steps: int,
+        generator: torch.Generator,
+        progress: Callable[[int, int, float], None],
+        runs: int = 1,
+    ) -> "Search":
+        """Through so many smoothed copies of the model, where it has what can be smoothed."""
+        copies = _smoothed_copies(equations, prior, smoothing_steps, generator)
+        return Search(equations, copies, prior, sigma, iterations, progress, runs, bool(kinks(equations.problem.model)))
 
-        A copy's own error, too, is what it leaves over, unless that is not loud enough for its images to stay as probable as
-        draws from the prior.
-        """
-        whole = self.equations
-        observed = whole.observed
-        least = max(self.sigma or 0.0, whole.rounding)
-        loud = max(float(observed.square().mean().sqrt()), least)
-        free = max(len(observed) - begin.numel(), len(observed) // 4, 1)
-        self.levels = [] if self.copies else _levels(loud * math.sqrt(len(observed) / begin.numel()), least)
+    def run(self, begin: Tensor) -> End:
+        """Through copies, where there are any; a smooth model then through levels of noise, where copies did not lead to an end
+        that explains the update: whichever needs less noise."""
         drawn, before = self.stages > 0, self.stages
-        w, costs, sigma = begin, [self._cost(whole, begin, self._known(loud))], loud
-        for copy in self.copies:
-            found, more = self._descended(copy, w, self._free(copy, sigma), EASY)
-            while float(found.square().mean()) > PROBABLE and sigma < LOUDEST * loud:
+        self.levels = _levels(self._equal(begin), self._least) if self._level else []
+        ends = []
+        if self.copies:
+            w, costs, sigma = self._through_copies(begin, drawn)
+            self.stages = before + len(self.copies)
+            if self.sharp or self._near(w):
+                ends.append(self._settled(w + self._apart(begin), sigma, costs))
+        if self._level and not (ends and (ends[0].explained or self._near(ends[0].w))):
+            self.stages = before + self._planned - self._settling - len(self.levels)
+            w, costs, sigma = self._through_levels(begin, drawn)
+            self.stages = before + self._planned - self._settling
+            ends.append(self._settled(w + self._apart(begin), sigma, costs))
+        self.stages = before + self._planned
+        best = min(ends, key=lambda end: end.rank)
+        return replace(best, costs=[cost for end in ends if end is not best for cost in end.costs] + best.costs)
+
+    @property
+    def _level(self) -> bool:
+        """Whether there is a way through levels of noise."""
+        return not (self.copies and self.sharp)
+
+    @property
+    def _least(self) -> float:
+        return max(self.sigma or 0.0, self.equations.rounding)
+
+    @property
+    def _loud(self) -> float:
+        return max(float(self.equations.observed.square().mean().sqrt()), self._least)
+
+    def _equal(self, begin: Tensor) -> float:
+        """The noise with which the equations say as much as the prior."""
+        return self._loud * math.sqrt(len(self.equations.observed) / begin.numel())
+
+    def _free_equations(self, begin: Tensor) -> int:
+        count = len(self.equations.observed)
+        return max(count - begin.numel(), count // 4, 1)
+
+    def _near(self, w: Tensor) -> bool:
+        """Whether the model itself leaves little but noise, whatever the size."""
+        observed = self.equations.observed
+        left = self._off(self.equations, w, self._free(self.equations, 1.0))
+        return left < self._least**2 * len(observed) + NEAR * float(observed.square().sum())
+
+    def _through_copies(self, begin: Tensor, drawn: bool) -> tuple[Tensor, list[float], float]:
+        """w, costs and the noise to go on with. A copy's own error, too, is what it leaves over, unless that is not loud enough
+        for its images to stay as probable as real ones."""
+        w, sigma = begin, self._loud if drawn else self._equal(begin)
+        costs = [self._cost(self.equations, begin, self._known(self._loud))]
+        for copy in self.copies[WIDE if drawn else 0 :]:
+            start = w + self._apart(begin)
+            found, more = self._descended(copy, start, self._free(copy, sigma), EASY)
+            while float(found.square().mean()) > self.prior.usual and sigma < LOUDEST * self._loud:
                 sigma *= 2.0
-                found, more = self._descended(copy, w, self._free(copy, sigma), EASY)
-            beyond = max(self._off(copy, found, self._free(copy, 1.0)) / free - least**2, 0.0)
-            w, costs, sigma = found, costs + more, min(sigma, math.sqrt(least**2 + ERRORS**2 * beyond))
+                found, more = self._descended(copy, start, self._free(copy, sigma), EASY)
+            left = self._off(copy, found, self._free(copy, 1.0)) / self._free_equations(begin)
+            beyond = max(left - self._least**2, 0.0)
+            w, costs, sigma = found, costs + more, min(sigma, math.sqrt(self._least**2 + ERRORS**2 * beyond))
             self.stages += 1
+            if not self.sharp and self._near(w):
+                break
+        return w, costs, sigma
+
+    def _through_levels(self, begin: Tensor, drawn: bool) -> tuple[Tensor, list[float], float]:
+        """w, costs and the noise to go on with."""
+        whole, w, sigma = self.equations, begin, self._loud
+        costs = [self._cost(whole, begin, self._known(self._loud))]
         for level in self.levels:
             self.stages += 1
-            if drawn and level > loud:
+            if drawn and level > self._loud:
                 continue
             w, more = self._descended(whole, w + self._apart(begin), self._free(whole, level), EASY)
-            costs, sigma = costs + more, min(level / SURER, loud)
-            if level <= loud and self._off(whole, w, self._free(whole, level)) > TELLING * free:
+            costs, sigma = costs + more, min(level / SURER, self._loud)
+            telling = TELLING * self._free_equations(begin)
+            if level <= self._loud and self._off(whole, w, self._free(whole, level)) > telling:
                 break
-        self.stages = before + len(self.copies) + len(self.levels)
-        level = sigma if self.sigma is None else least
-        w = w + self._apart(begin)
-        for _ in range(self._readings):
-            sigma = level
-            w, more = self._descended(whole, w, self._known(sigma), 0.0)
-            costs, level = costs + more, max(math.sqrt(self._misfit(w) / free), least)
-            self.stages += 1
-            if not level < SETTLED * sigma:
+        return w, costs, sigma
+
+    def _settled(self, w: Tensor, level: float, costs: list[float]) -> End:
+        """Noise that is unknown is first as loud as the way left it, then as the residuals say, again and again; only the last
+        search goes to its end."""
+        least, outer = self._least, 0
+        level = level if self.sigma is None else least
+        for _ in range(self._settling - 1):
+            w, more = self._descended(self.equations, w, self._known(level), EASY)
+            before, level = level, max(math.sqrt(self._misfit(w) / self._free_equations(w)), least)
+            costs, self.stages = costs + more, self.stages + 1
+            outer += len(more)
+            if not level < SETTLED * before or outer >= self.iterations:
                 break
-        self.stages = before + self._planned
-        misfit, count = self._misfit(w), len(observed)
+        w, more = self._descended(self.equations, w, self._known(level), 0.0)
+        costs, self.stages = costs + more, self.stages + 1
+        level = max(math.sqrt(self._misfit(w) / self._free_equations(w)), least)
+        misfit, count = self._misfit(w), len(self.equations.observed)
         explained = misfit <= least**2 * (count + DOUBT * math.sqrt(2.0 * count))
         return End(w, costs, level if self.sigma is None else least, misfit, count, explained)
 
     @property
-    def _readings(self) -> int:
+    def _settling(self) -> int:
+        """Descents at the end of a way, at most."""
         return READINGS if self.sigma is None else 1
 
     @property
     def _planned(self) -> int:
         """Descents of one search, at most, but for those of copies that are repeated."""
-        return len(self.copies) + len(self.levels) + self._readings
+        ways = bool(self.copies) + self._level
+        return len(self.copies) + len(self.levels) + ways * self._settling
 
     def _apart(self, begin: Tensor) -> Tensor:
         """A little of what the images of a batch began with: louder noise may have drawn those of equal labels together."""
@@ -245,6 +312,19 @@ class Search:
             if gained < max(SIGNIFICANT, share * lowest):
                 break
         return best, costs or [lowest]
+
+
+def _smoothed_copies(equations: Equations, prior: Gaussian, count: int, generator: torch.Generator) -> list[Equations]:
+    """The same equations for `count` smoothed copies of a model, the widest first; none of one that has no `bends`."""
+    problem = equations.problem
+    if not count or not bends(problem.model):
+        return []
+    drawn = torch.randn(DRAWN, *prior.mean.shape, generator=generator, dtype=torch.float64).to(prior.mean)
+    images = equations.basis.back(prior.coefficients(drawn).reshape(-1, *problem.unknown["images"].shape[1:]))
+    spread = spreads(problem.model, problem.sent, (0.5 + 0.5 * images).clamp(0.0, 1.0))
+    widths = [WIDEST * NARROWER**step for step in range(count)]
+    models = [smoothed(problem.model, {name: width * size for name, size in spread.items()}) for width in widths]
+    return [replace(equations, problem=replace(problem, model=model)) for model in models]
 
 
 def _levels(equal: float, least: float) -> list[float]:

@@ -1,9 +1,9 @@
-"""Smooth copies of models with ReLUs: what a continuation starts from where a gradient jumps.
+"""Smoother copies of models with ReLUs, GELUs or SiLUs: what a continuation starts from where a gradient jumps, or turns soon.
 
 A client's gradient jumps wherever a unit of a piecewise linear activation switches, and a Newton step sees nothing of a
 jump. Averaged over Gaussian noise of standard deviation w on its input, the same activation is smooth:
 
-    E[relu(z + w·n)] = z·Φ(z/w) + w·φ(z/w)
+    E[f(z + w·n)] = z·Φ(z/s) + w²/s·φ(z/s),  s² = c² + w²        f(z) = z·Φ(z/c): ReLU (c = 0), GELU (1), nearly SiLU (1.702)
 
 Source: graduated optimisation (Blake and Zisserman, Visual Reconstruction, 1987; Mobahi and Fisher, AAAI 2015).
 Differs from it: the activations are smoothed one by one, not the whole cost.
@@ -23,34 +23,48 @@ SMALLEST = 1e-12
 """A width below this share of one is that of a unit which never sees anything: it is left sharp."""
 
 
-class SmoothReLU(nn.Module):
-    """(Leaky) ReLU averaged over N(0, width²) on its input; width > 0."""
+CURVED: dict[type[nn.Module], float] = {nn.GELU: 1.0, nn.SiLU: 1.702}
+"""c of smooth activations. A logistic function is within 0.01 of a normal one that is as much wider."""
 
-    def __init__(self, width: float, negative_slope: float = 0.0) -> None:
+
+class Averaged(nn.Module):
+    """An activation z·Φ(z/curve) averaged over N(0, width²) on its input; curve 0: (leaky) ReLU, where width > 0."""
+
+    def __init__(self, width: float, negative_slope: float = 0.0, curve: float = 0.0) -> None:
         super().__init__()
-        self.width, self.negative_slope = width, negative_slope
+        self.width, self.negative_slope, self.curve = width, negative_slope, curve
 
     def forward(self, input: Tensor) -> Tensor:
-        z = input / self.width
+        size = math.hypot(self.curve, self.width)
+        z = input / size
         density = torch.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi)
-        mean = input * torch.special.ndtr(z) + self.width * density
+        mean = input * torch.special.ndtr(z) + self.width**2 / size * density
         out: Tensor = self.negative_slope * input + (1.0 - self.negative_slope) * mean
         return out
 
 
 def kinks(model: nn.Module) -> list[str]:
-    """Names of the modules that `smoothed` can replace, empty for a smooth model; all names of one at several places.
+    """Names of the modules at which gradients jump, empty for a smooth model; all names of one at several places.
 
     ReLUs called as functions are not seen.
     """
+    return _named(model, (nn.ReLU, nn.LeakyReLU))
+
+
+def bends(model: nn.Module) -> list[str]:
+    """Names of the modules that `smoothed` can replace: kinks, GELUs and SiLUs."""
+    return _named(model, (nn.ReLU, nn.LeakyReLU, *CURVED))
+
+
+def _named(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[str]:
     modules = model.named_modules(remove_duplicate=False)
-    return [name for name, module in modules if name and isinstance(module, nn.ReLU | nn.LeakyReLU)]
+    return [name for name, module in modules if name and isinstance(module, kinds)]
 
 
 def spreads(model: nn.Module, state: State, images: Tensor) -> dict[str, float]:
-    """Standard deviation of what each of the `kinks` is given for images (B,C,H,W): the scale of its widths."""
+    """Standard deviation of what each of the `bends` is given for images (B,C,H,W): the scale of its widths."""
     twin = copy.deepcopy(model)
-    seen: dict[str, list[float]] = {name: [] for name in kinks(twin)}
+    seen: dict[str, list[float]] = {name: [] for name in bends(twin)}
 
     def listen(name: str) -> None:
         def heard(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -66,13 +80,14 @@ def spreads(model: nn.Module, state: State, images: Tensor) -> dict[str, float]:
 
 
 def smoothed(model: nn.Module, widths: Mapping[str, float]) -> nn.Module:
-    """A copy with these of its `kinks` smoothed, same parameters and buffers by the same names; the model is untouched."""
+    """A copy with these of its `bends` smoothed, same parameters and buffers by the same names; the model is untouched."""
     twin = copy.deepcopy(model)
     for name, width in widths.items():
         if not width > SMALLEST:
             continue
         old = twin.get_submodule(name)
         slope = old.negative_slope if isinstance(old, nn.LeakyReLU) else 0.0
+        curve = next((curve for kind, curve in CURVED.items() if isinstance(old, kind)), 0.0)
         parent, _, leaf = name.rpartition(".")
-        setattr(twin.get_submodule(parent), leaf, SmoothReLU(width, slope))
+        setattr(twin.get_submodule(parent), leaf, Averaged(width, slope, curve))
     return twin

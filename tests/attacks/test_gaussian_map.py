@@ -95,6 +95,22 @@ def test_without_public_images_it_is_the_power_law():
     assert few.share == 1.0
 
 
+def test_what_is_usual_is_seen_on_images_that_the_prior_was_not_fitted_to():
+    """One image of five has three times the contrast: its w is as improbable as the Gaussian says, but not unusual."""
+    even = drawn(800, correlated=True)
+    uneven = even.clone()
+    uneven[::5] = 0.5 + 3.0 * (uneven[::5] - 0.5)
+    plain, mixed = (Gaussian.of(SHAPE, BASIS, images[:400]) for images in (even, uneven))
+    assert 1.0 <= plain.usual < 1.5
+    assert mixed.usual > 2.0
+    half = Gaussian.of(SHAPE, BASIS, uneven[:200])  # halves are what it is measured with
+    found = half._draws(BASIS.forward(2.0 * uneven[400:] - 1.0).flatten(1)).square().mean(1)
+    assert 0.85 < float((found <= mixed.usual).double().mean()) < 0.95
+    w = torch.randn(3, SIZE, generator=derive_generator(0, "draws"), dtype=torch.float64)
+    torch.testing.assert_close(mixed._draws(mixed.coefficients(w)), w)
+    assert Gaussian.of(SHAPE, BASIS, None).usual == 1.0
+
+
 # ------------------------------------------------------------------------------------------------ the search
 @dataclass(frozen=True)
 class Linear(Equations):
@@ -149,6 +165,72 @@ def test_a_copy_that_only_improbable_images_explain_is_taken_for_a_noisy_one(mon
     assert heard[-1][1] <= 1.0
     assert [b / a for (a, _), (b, _) in pairwise(heard)] == [2.0] * (len(heard) - 1)
     assert float((prior.coefficients(end.w[0]) - truth).norm() / truth.norm()) < 1e-2
+
+
+def linear(copy_is_right: bool):
+    """Equations, a copy of them, right or of other images, the prior and u; σ = 1e-3."""
+    generator = derive_generator(0, "linear")
+    matrix = torch.randn(300, SIZE, generator=generator, dtype=torch.float64)
+    prior = Gaussian.of(SHAPE, BASIS, drawn(100, correlated=True))
+    truth, other = (prior.coefficients(torch.randn(SIZE, generator=generator, dtype=torch.float64)) for _ in range(2))
+    equations = Linear(None, BASIS, matrix @ truth + 100.0, 1e-12, matrix, 100.0)
+    copy = equations if copy_is_right else replace(equations, observed=matrix @ other + 100.0)
+    return equations, replace(copy), prior, truth
+
+
+@pytest.mark.parametrize("sharp", [True, False])
+def test_copies_of_a_smooth_model_end_where_one_came_near(sharp, monkeypatch):
+    """Of a sharp one all are used: until the last it may lead elsewhere."""
+    equations, copy, prior, truth = linear(copy_is_right=True)
+    heard: list[Equations] = []
+    descended = Search._descended
+
+    def listening(search, which, *rest):
+        heard.append(which)
+        return descended(search, which, *rest)
+
+    monkeypatch.setattr(Search, "_descended", listening)
+    copies = [copy, replace(copy), replace(copy)]
+    told: list[tuple[int, int]] = []
+    search = Search(equations, copies, prior, 1e-3, 100, lambda *now: told.append(now[:2]), sharp=sharp)
+    end = search.run(torch.zeros(1, SIZE, dtype=torch.float64))
+    assert end.explained
+    assert float((prior.coefficients(end.w[0]) - truth).norm() / truth.norm()) < 1e-2
+    assert [sum(which is one for which in heard) for one in copies] == ([1, 1, 1] if sharp else [1, 0, 0])
+    assert heard[-1] is equations
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert all(done <= total for done, total in told)
+
+
+def test_levels_of_noise_lead_where_copies_of_a_smooth_model_do_not():
+    equations, wrong, prior, truth = linear(copy_is_right=False)
+    begin = torch.zeros(1, SIZE, dtype=torch.float64)
+    search = Search(equations, [wrong], prior, 1e-3, 100, silent, sharp=False)
+    end = search.run(begin)
+    assert search.levels
+    assert end.explained
+    assert float((prior.coefficients(end.w[0]) - truth).norm() / truth.norm()) < 1e-2
+    led = Search(equations, [replace(equations)], prior, 1e-3, 100, silent, sharp=False).run(begin)
+    assert len(led.costs) < len(end.costs)
+
+
+def test_images_that_are_drawn_begin_with_narrower_copies(monkeypatch):
+    equations, copy, prior, _ = linear(copy_is_right=True)
+    heard: list[list[Equations]] = []
+    descended = Search._descended
+
+    def listening(search, which, *rest):
+        heard[-1].append(which)
+        return descended(search, which, *rest)
+
+    monkeypatch.setattr(Search, "_descended", listening)
+    copies = [replace(copy) for _ in range(4)]
+    search = Search(equations, copies, prior, 1e-3, 20, silent, runs=2)
+    for size in (0.0, 1.0):
+        heard.append([])
+        search.run(torch.full((1, SIZE), size, dtype=torch.float64))
+    assert heard[0][0] is copies[0]
+    assert heard[1][0] is copies[2]
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -317,6 +399,17 @@ def test_a_clean_update_is_matched_to_its_precision(patches):
     model, update, knowledge, _ = noisy(SMOOTH, image, 0.0, torch.float32)
     found = attack(model, update, replace(knowledge, public_images=patches.public.images()))
     assert float(psnr_db(found.images, image)) > 60.0
+
+
+def test_noise_that_nobody_told_of_is_not_taken_for_rounding(patches):
+    """A clean update is matched to a small share of its size, unless sigma asks for more."""
+    image = patches.private.images([3]).double()
+    model, update, knowledge, _ = noisy(SMOOTH, image, 0.0)
+    rms = float(torch.cat([t.reshape(-1) for t in update.received.values()]).square().mean().sqrt())
+    knowledge = replace(knowledge, defense="none")
+    untold, exact = (attack(model, update, knowledge, sigma=sigma, iterations=1) for sigma in (None, 0.0))
+    assert untold.diagnostics["noise_std"] == pytest.approx(3e-5 * rms, rel=1e-3)
+    assert exact.diagnostics["noise_std"] < 1e-10 * rms
 
 
 def test_smoothed_copies_lead_through_kinks(patches):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from attacks.second_order import SecondOrder
-from attacks.smoothing import SmoothReLU, kinks, smoothed, spreads
+from attacks.smoothing import Averaged, bends, kinks, smoothed, spreads
 from fedattack.metrics import psnr_db
 from fedattack.models import build_model
 from fedattack.seeding import derive_generator
@@ -24,8 +24,24 @@ def test_a_smooth_relu_is_the_mean_over_noise(width, slope):
     z = torch.tensor([-2.0, -0.3, 0.0, 0.4, 3.0], dtype=torch.float64)
     noisy = z[:, None] + width * n
     mean = torch.trapezoid(torch.nn.functional.leaky_relu(noisy, slope) * density, n)
-    torch.testing.assert_close(SmoothReLU(width, slope)(z), mean, rtol=0, atol=1e-7)
-    assert torch.autograd.gradgradcheck(SmoothReLU(width, slope), (z.clone().requires_grad_(),))
+    torch.testing.assert_close(Averaged(width, slope)(z), mean, rtol=0, atol=1e-7)
+    assert torch.autograd.gradgradcheck(Averaged(width, slope), (z.clone().requires_grad_(),))
+
+
+@pytest.mark.parametrize("width", [0.2, 1.0, 4.0])
+@pytest.mark.parametrize(("activation", "error"), [(nn.GELU(), 1e-7), (nn.SiLU(), 0.03)], ids=["gelu", "silu"])
+def test_smooth_activations_are_averaged_too(width, activation, error):
+    """A GELU exactly; a SiLU nearly, by the normal distribution that its logistic one resembles."""
+    n = torch.linspace(-9.0, 9.0, 20001, dtype=torch.float64)
+    density = torch.exp(-0.5 * n * n) / math.sqrt(2.0 * math.pi)
+    z = torch.tensor([-2.0, -0.3, 0.0, 0.4, 3.0], dtype=torch.float64)
+    mean = torch.trapezoid(activation(z[:, None] + width * n) * density, n)
+    model = nn.Sequential(activation)
+    assert kinks(model) == []
+    assert bends(model) == ["0"]
+    averaged = smoothed(model, {"0": width})
+    torch.testing.assert_close(averaged(z), mean, rtol=0, atol=error)
+    assert bends(averaged) == []
 
 
 def test_the_model_is_left_alone_and_its_copy_tends_to_it(random_images):
@@ -33,7 +49,7 @@ def test_the_model_is_left_alone_and_its_copy_tends_to_it(random_images):
     before, images = copy.deepcopy(model), random_images((2, 3, 8, 8)).double()
     names = kinks(model)
     assert len(names) == 9
-    assert kinks(build_model("lenet", image_shape=(3, 8, 8), num_classes=3, seed=0)) == []
+    assert bends(build_model("lenet", image_shape=(3, 8, 8), num_classes=3, seed=0)) == []
     spread = spreads(model, dict(model.state_dict()), images)
     assert set(spread) == set(names)
     far, near = (smoothed(model, {name: width * s for name, s in spread.items()}) for width in (0.5, 1e-5))
