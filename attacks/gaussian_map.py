@@ -5,7 +5,7 @@
 y: the update, σ: its noise, A: the simulated client; µ, C: of public images (attacks/image_statistics.py). It is what any
 attack with a learned prior has to beat.
 Source: Tarantola, Inverse Problem Theory, SIAM 2005, section 3.2, for the estimator.
-Differs from it: the clients' updates are ours, and so is the way through ReLUs (attacks/most_probable.py).
+Differs from it: the clients' updates are ours, and so is the way through activations (attacks/most_probable.py).
 """
 
 import math
@@ -36,11 +36,11 @@ class GaussianMAP:
     """Classifiers: the most probable images under the noise and a Gaussian of public ones; no network, no training.
 
     sigma: standard deviation of the noise on every entry of the (pseudo-)gradient; None: what the known defense says, else
-    read off the residuals, and at least 3e-5 of the update's rms: second-order, with this as its start, fits clean updates to
-    their rounding sooner. iterations: outer steps of L-BFGS (up to 20 steps each), at most, for each model and noise level.
-    smoothing_steps: smoothed copies of a model whose modules include ReLUs, GELUs or SiLUs; 0: none. restarts: starts, the
-    prior's mean first, then draws from it, until one explains the update down to its noise; where that is unknown all of them
-    are made, and the one that needs the least noise is taken.
+    read off the residuals. Where no noise is told of, it is not taken for less than 3e-5 of the update's rms: second-order,
+    with this as its start, fits clean updates to their rounding sooner. iterations: outer steps of L-BFGS (up to 20 steps
+    each), at most, for each model and noise level. smoothing_steps: smoothed copies of a model whose modules include ReLUs,
+    GELUs or SiLUs; 0: none. restarts: starts, the prior's mean first, then draws from it, until one explains the update down to
+    its noise; where that is unknown all of them are made, and the one that needs the least noise is taken.
     """
 
     name: ClassVar[str] = "gaussian-map"
@@ -78,15 +78,23 @@ class GaussianMAP:
             knowledge = replace(knowledge, labels=infer_labels(update, model, knowledge, generator=generator))
         problem = pose(update, model, task, knowledge, precision=self.precision)
         equations = Equations.of(problem, update)
-        if self.sigma is None:
+        known = None if knowledge.defense is None else noise_level(update, knowledge)
+        if self.sigma is None and not known:
             finest = FINEST * float(equations.observed.square().mean().sqrt())
             equations = replace(equations, rounding=max(equations.rounding, finest))
-        known = None if knowledge.defense is None else noise_level(update, knowledge)
         shape = problem.unknown["images"].shape
         prior = Gaussian.of((shape[1], shape[2], shape[3]), equations.basis, knowledge.public_images)
         sigma = known if self.sigma is None else self.sigma
-        steps, runs = self.smoothing_steps, self.restarts
-        search = Search.of(equations, prior, sigma, self.iterations, steps, generator, progress, runs)
+        search = Search.of(
+            equations,
+            prior,
+            sigma=sigma,
+            iterations=self.iterations,
+            smoothing_steps=self.smoothing_steps,
+            generator=generator,
+            progress=progress,
+            runs=self.restarts,
+        )
         ends: list[End] = []
         while len(ends) < self.restarts and not (ends and ends[-1].explained):
             drawn = torch.randn(shape[0], math.prod(shape[1:]), generator=generator, dtype=torch.float64)

@@ -401,8 +401,15 @@ def _renewed(
     attack, descent = chain.attack, None
     if before is None and attack.descent_iterations:
         prior = Gaussian.diagonal(*(vector.reshape(chain.shape[1], -1) for vector in (anchor, variances.sqrt())))
-        outer, steps = attack.descent_iterations, attack.smoothing_steps
-        descent = Search.of(equations, prior, sigma, outer, steps, chain.generator, chain.searching)
+        descent = Search.of(
+            equations,
+            prior,
+            sigma=sigma,
+            iterations=attack.descent_iterations,
+            smoothing_steps=attack.smoothing_steps,
+            generator=chain.generator,
+            progress=chain.searching,
+        )
     return linearise(
         equations,
         anchor if before is None else means.mean(0),

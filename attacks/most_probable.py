@@ -27,10 +27,10 @@ SIGNIFICANT = 1.0
 """What an outer step must gain, in units of the noise, or the search ends."""
 
 EASY = 1e-3
-"""On the way: what it must gain as a share of the cost."""
+"""On the way, and while noise is still read off the residuals: what it must gain as a share of the cost."""
 
 VAGUE, SURER = 4.0, 0.25
-"""The noise that a model without copies is first searched with, over what makes the equations say as much as the prior; every
+"""The noise that a model itself is first searched with, over what makes the equations say as much as the prior; every
 further one in units of that before. Images that were drawn begin at the update's own rms, or all would lead to the same end."""
 
 TELLING = 0.25
@@ -52,6 +52,9 @@ ERRORS = 10.0
 NEAR = 0.02
 """A smooth model itself is searched, without further copies, as soon as it leaves no more than this share of the update, and
 noise: it leads on from there, where ReLUs still do not."""
+
+FOUND = 1e-3
+"""An end that copies of a smooth model led to is the last where it leaves no more than this share of the update, and noise."""
 
 LOUDEST = 1024.0
 """As loud as that may become, in units of the update's rms."""
@@ -122,8 +125,8 @@ class Search:
     """From one w (B,n) after the other. copies: of smoothed models, first to last. sigma: of the noise; None: unknown.
     sharp: whether the model's own gradients jump.
 
-    iterations: outer steps for each model and each noise level, at most; noise is read off the residuals again while there were
-    fewer. progress hears of all of them; `runs`: how many
+    iterations: outer steps for each model and each noise level, at most; once readings of unknown noise took as many together,
+    they end. progress hears of all of them; `runs`: how many
     searches it shall expect.
     """
 
@@ -143,6 +146,7 @@ class Search:
     def of(
         equations: Equations,
         prior: Gaussian,
+        *,
         sigma: float | None,
         iterations: int,
         smoothing_steps: int,
@@ -155,27 +159,27 @@ class Search:
         return Search(equations, copies, prior, sigma, iterations, progress, runs, bool(kinks(equations.problem.model)))
 
     def run(self, begin: Tensor) -> End:
-        """Through copies, where there are any; a smooth model then through levels of noise, where copies did not lead to an end
-        that explains the update: whichever needs less noise."""
+        """Through copies, where there are any. A smooth model is then searched through levels of noise, unless what copies led
+        to leaves next to nothing: whichever end needs less noise."""
         drawn, before = self.stages > 0, self.stages
-        self.levels = _levels(self._equal(begin), self._least) if self._level else []
-        ends = []
+        self.levels = _levels(self._equal(begin), self._least) if self._by_levels else []
+        costs = [self._cost(self.equations, begin, self._known(self._loud))]
+        ends: list[End] = []
         if self.copies:
-            w, costs, sigma = self._through_copies(begin, drawn)
+            w, sigma = self._through_copies(begin, drawn, costs)
             self.stages = before + len(self.copies)
-            if self.sharp or self._near(w):
+            if self.sharp or self.sigma is None or self._near(w):
                 ends.append(self._settled(w + self._apart(begin), sigma, costs))
-        if self._level and not (ends and (ends[0].explained or self._near(ends[0].w))):
+        if self._by_levels and not (ends and self._found(ends[0])):
             self.stages = before + self._planned - self._settling - len(self.levels)
-            w, costs, sigma = self._through_levels(begin, drawn)
+            w, sigma = self._through_levels(begin, drawn, costs)
             self.stages = before + self._planned - self._settling
             ends.append(self._settled(w + self._apart(begin), sigma, costs))
         self.stages = before + self._planned
-        best = min(ends, key=lambda end: end.rank)
-        return replace(best, costs=[cost for end in ends if end is not best for cost in end.costs] + best.costs)
+        return replace(min(ends, key=lambda end: end.rank), costs=costs)
 
     @property
-    def _level(self) -> bool:
+    def _by_levels(self) -> bool:
         """Whether there is a way through levels of noise."""
         return not (self.copies and self.sharp)
 
@@ -201,12 +205,15 @@ class Search:
         left = self._off(self.equations, w, self._free(self.equations, 1.0))
         return left < self._least**2 * len(observed) + NEAR * float(observed.square().sum())
 
-    def _through_copies(self, begin: Tensor, drawn: bool) -> tuple[Tensor, list[float], float]:
-        """w, costs and the noise to go on with. A copy's own error, too, is what it leaves over, unless that is not loud enough
-        for its images to stay as probable as real ones."""
+    def _found(self, end: End) -> bool:
+        left = end.misfit - self._least**2 * end.equations
+        return end.explained or left < FOUND * float(self.equations.observed.square().sum())
+
+    def _through_copies(self, begin: Tensor, drawn: bool, costs: list[float]) -> tuple[Tensor, float]:
+        """w and the noise to go on with; `costs` grow. A copy's own error, too, is what it leaves over, unless that is not loud
+        enough for its images to stay as probable as real ones."""
         w, sigma = begin, self._loud if drawn else self._equal(begin)
-        costs = [self._cost(self.equations, begin, self._known(self._loud))]
-        for copy in self.copies[WIDE if drawn else 0 :]:
+        for copy in self.copies[min(WIDE, len(self.copies) - 1) if drawn else 0 :]:
             start = w + self._apart(begin)
             found, more = self._descended(copy, start, self._free(copy, sigma), EASY)
             while float(found.square().mean()) > self.prior.usual and sigma < LOUDEST * self._loud:
@@ -214,26 +221,26 @@ class Search:
                 found, more = self._descended(copy, start, self._free(copy, sigma), EASY)
             left = self._off(copy, found, self._free(copy, 1.0)) / self._free_equations(begin)
             beyond = max(left - self._least**2, 0.0)
-            w, costs, sigma = found, costs + more, min(sigma, math.sqrt(self._least**2 + ERRORS**2 * beyond))
+            w, sigma = found, min(sigma, math.sqrt(self._least**2 + ERRORS**2 * beyond))
+            costs += more
             self.stages += 1
             if not self.sharp and self._near(w):
                 break
-        return w, costs, sigma
+        return w, sigma
 
-    def _through_levels(self, begin: Tensor, drawn: bool) -> tuple[Tensor, list[float], float]:
-        """w, costs and the noise to go on with."""
+    def _through_levels(self, begin: Tensor, drawn: bool, costs: list[float]) -> tuple[Tensor, float]:
+        """w and the noise to go on with; `costs` grow."""
         whole, w, sigma = self.equations, begin, self._loud
-        costs = [self._cost(whole, begin, self._known(self._loud))]
         for level in self.levels:
+            if not (drawn and level > self._loud):
+                w, more = self._descended(whole, w + self._apart(begin), self._free(whole, level), EASY)
+                costs += more
+                sigma = min(level / SURER, self._loud)
+                telling = TELLING * self._free_equations(begin)
+                if level <= self._loud and self._off(whole, w, self._free(whole, level)) > telling:
+                    break
             self.stages += 1
-            if drawn and level > self._loud:
-                continue
-            w, more = self._descended(whole, w + self._apart(begin), self._free(whole, level), EASY)
-            costs, sigma = costs + more, min(level / SURER, self._loud)
-            telling = TELLING * self._free_equations(begin)
-            if level <= self._loud and self._off(whole, w, self._free(whole, level)) > telling:
-                break
-        return w, costs, sigma
+        return w, sigma
 
     def _settled(self, w: Tensor, level: float, costs: list[float]) -> End:
         """Noise that is unknown is first as loud as the way left it, then as the residuals say, again and again; only the last
@@ -243,16 +250,16 @@ class Search:
         for _ in range(self._settling - 1):
             w, more = self._descended(self.equations, w, self._known(level), EASY)
             before, level = level, max(math.sqrt(self._misfit(w) / self._free_equations(w)), least)
-            costs, self.stages = costs + more, self.stages + 1
-            outer += len(more)
+            costs += more
+            outer, self.stages = outer + len(more), self.stages + 1
             if not level < SETTLED * before or outer >= self.iterations:
                 break
         w, more = self._descended(self.equations, w, self._known(level), 0.0)
-        costs, self.stages = costs + more, self.stages + 1
+        costs += more
         level = max(math.sqrt(self._misfit(w) / self._free_equations(w)), least)
         misfit, count = self._misfit(w), len(self.equations.observed)
         explained = misfit <= least**2 * (count + DOUBT * math.sqrt(2.0 * count))
-        return End(w, costs, level if self.sigma is None else least, misfit, count, explained)
+        return End(w, list(costs), level if self.sigma is None else least, misfit, count, explained)
 
     @property
     def _settling(self) -> int:
@@ -262,7 +269,7 @@ class Search:
     @property
     def _planned(self) -> int:
         """Descents of one search, at most, but for those of copies that are repeated."""
-        ways = bool(self.copies) + self._level
+        ways = int(bool(self.copies)) + int(self._by_levels)
         return len(self.copies) + len(self.levels) + ways * self._settling
 
     def _apart(self, begin: Tensor) -> Tensor:

@@ -172,10 +172,10 @@ def _search_images(case: Case) -> Reconstruction:
     unknowns = math.prod(variable.shape)
     dense = unknowns <= attack.dense_limit
     starts = case.starts()["images"].reshape(attack.restarts, -1)
-    sharp = bool(kinks(problem.model))
+    sharp = kinks(problem.model)
     widths = SMOOTHING if sharp and attack.smoothing_iterations > 0 else ()
     lone = len(case.views) == 1 and problem.steps == [list(range(variable.shape[0]))] and case.noise == 0
-    switching = sharp and lone and attack.switching_iterations > 0
+    switching = bool(sharp) and lone and attack.switching_iterations > 0
     if case.first is not None and widths:
         starts[1:2] = starts[0]  # first as it is, for strong smoothing leads away from it, then slightly smoothed
     layered = [replace(view, equations=view.verdict) for view in case.views]
@@ -223,7 +223,9 @@ def _search_images(case: Case) -> Reconstruction:
         spread = spreads(problem.model, problem.sent, start.reshape(variable.shape)) if widths else {}
         for width in widths if case.first is None or number > 1 else (widths[SLIGHT:] if number else ()):
             brief = replace(attack, iterations=attack.smoothing_iterations, tolerance=SMOOTHED)
-            views = [_smoothed(view, {name: width * size for name, size in spread.items()}) for view in layered]
+            views = [
+                _smoothed(view, {name: width * spread[name] for name in sharp if name in spread}) for view in layered
+            ]
             found = search(brief, views, start, later(told, len(trials)))
             start = found.x if math.isfinite(found.costs[-1]) else start
             first, trials = first or found.costs[:1], [*trials, *found.costs[1:]]

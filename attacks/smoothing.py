@@ -11,9 +11,11 @@ Differs from it: the activations are smoothed one by one, not the whole cost.
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedattack.tasks import bind
@@ -24,21 +26,32 @@ SMALLEST = 1e-12
 
 
 CURVED: dict[type[nn.Module], float] = {nn.GELU: 1.0, nn.SiLU: 1.702}
-"""c of smooth activations. A logistic function is within 0.01 of a normal one that is as much wider."""
+"""c of smooth activations. A logistic function is within 0.01 of a normal one that is as much wider; the rest is added."""
 
 
 class Averaged(nn.Module):
-    """An activation z·Φ(z/curve) averaged over N(0, width²) on its input; curve 0: (leaky) ReLU, where width > 0."""
+    """An activation z·Φ(z/curve) averaged over N(0, width²) on its input; curve 0: (leaky) ReLU, where width > 0.
 
-    def __init__(self, width: float, negative_slope: float = 0.0, curve: float = 0.0) -> None:
+    own: an activation that this nearly is: the same is added to it as to z·Φ(z/curve).
+    """
+
+    def __init__(
+        self,
+        width: float,
+        negative_slope: float = 0.0,
+        curve: float = 0.0,
+        own: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        self.width, self.negative_slope, self.curve = width, negative_slope, curve
+        self.width, self.negative_slope, self.curve, self.own = width, negative_slope, curve, own
 
     def forward(self, input: Tensor) -> Tensor:
         size = math.hypot(self.curve, self.width)
         z = input / size
         density = torch.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi)
         mean = input * torch.special.ndtr(z) + self.width**2 / size * density
+        if self.own is not None:
+            mean = self.own(input) + (mean - input * torch.special.ndtr(input / self.curve))
         out: Tensor = self.negative_slope * input + (1.0 - self.negative_slope) * mean
         return out
 
@@ -89,5 +102,14 @@ def smoothed(model: nn.Module, widths: Mapping[str, float]) -> nn.Module:
         slope = old.negative_slope if isinstance(old, nn.LeakyReLU) else 0.0
         curve = next((curve for kind, curve in CURVED.items() if isinstance(old, kind)), 0.0)
         parent, _, leaf = name.rpartition(".")
-        setattr(twin.get_submodule(parent), leaf, Averaged(width, slope, curve))
+        setattr(twin.get_submodule(parent), leaf, Averaged(width, slope, curve, _own(old)))
     return twin
+
+
+def _own(activation: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """It, not in place; None where z·Φ(z/c) is the same."""
+    if isinstance(activation, nn.SiLU):
+        return F.silu
+    if isinstance(activation, nn.GELU) and activation.approximate != "none":
+        return partial(F.gelu, approximate=activation.approximate)
+    return None

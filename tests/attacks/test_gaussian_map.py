@@ -25,6 +25,7 @@ SHAPE = (3, 8, 8)
 SIZE = math.prod(SHAPE)
 BASIS = Cosines.of(SHAPE, torch.zeros((), dtype=torch.float64))
 SMOOTH = Case("lenet", "lenet", {"channels": 4})
+CURVED = Case("convnet", "convnet-small", {"activation": "gelu"})
 SHARP = Case("mlp", "mlp", {"hidden": (64, 64), "activation": "relu"})
 
 
@@ -141,7 +142,7 @@ def test_of_linear_equations_it_is_the_closed_form():
 
 
 def test_a_copy_that_only_improbable_images_explain_is_taken_for_a_noisy_one(monkeypatch):
-    """Its own error is no noise that could be read off: the images that it leads to must stay as probable as draws."""
+    """Its own error is no noise that could be read off: the images that it leads to must stay as probable as real ones."""
     generator = derive_generator(0, "linear")
     matrix = torch.randn(300, SIZE, generator=generator, dtype=torch.float64)
     prior = Gaussian.of(SHAPE, BASIS, drawn(100, correlated=True))
@@ -161,76 +162,88 @@ def test_a_copy_that_only_improbable_images_explain_is_taken_for_a_noisy_one(mon
     monkeypatch.setattr(Search, "_descended", listening)
     end = Search(equations, (wrong,), prior, 1e-3, 100, silent).run(torch.zeros(1, SIZE, dtype=torch.float64))
     assert len(heard) > 1
-    assert all(probable > 1.0 for _, probable in heard[:-1])
-    assert heard[-1][1] <= 1.0
+    assert 1.0 < prior.usual < 2.0
+    assert all(probable > prior.usual for _, probable in heard[:-1])
+    assert heard[-1][1] <= prior.usual
     assert [b / a for (a, _), (b, _) in pairwise(heard)] == [2.0] * (len(heard) - 1)
     assert float((prior.coefficients(end.w[0]) - truth).norm() / truth.norm()) < 1e-2
 
 
-def linear(copy_is_right: bool):
-    """Equations, a copy of them, right or of other images, the prior and u; σ = 1e-3."""
+def linear(copy_is_right: bool, constant: float = 100.0):
+    """Equations, a copy of them, right or of other images, the prior and u."""
     generator = derive_generator(0, "linear")
     matrix = torch.randn(300, SIZE, generator=generator, dtype=torch.float64)
     prior = Gaussian.of(SHAPE, BASIS, drawn(100, correlated=True))
     truth, other = (prior.coefficients(torch.randn(SIZE, generator=generator, dtype=torch.float64)) for _ in range(2))
-    equations = Linear(None, BASIS, matrix @ truth + 100.0, 1e-12, matrix, 100.0)
-    copy = equations if copy_is_right else replace(equations, observed=matrix @ other + 100.0)
+    equations = Linear(None, BASIS, matrix @ truth + constant, 1e-12, matrix, constant)
+    copy = equations if copy_is_right else replace(equations, observed=matrix @ other + constant)
     return equations, replace(copy), prior, truth
 
 
+def listen(monkeypatch) -> list[tuple[Equations, float, int]]:
+    """Equations, sigma and stage of every descent."""
+    heard: list[tuple[Equations, float, int]] = []
+    descended = Search._descended
+
+    def listening(search, which, begin, yardstick, share):
+        heard.append((which, yardstick.sigma, search.stages))
+        return descended(search, which, begin, yardstick, share)
+
+    monkeypatch.setattr(Search, "_descended", listening)
+    return heard
+
+
+def in_order(heard, search: Search, before: int = 0) -> bool:
+    """Whether stages never fell, stayed below what is planned for a search and were all told at its end."""
+    stages = [stage - before for *_, stage in heard]
+    return stages == sorted(stages) and stages[-1] < search._planned == search.stages - before
+
+
 @pytest.mark.parametrize("sharp", [True, False])
-def test_copies_of_a_smooth_model_end_where_one_came_near(sharp, monkeypatch):
+@pytest.mark.parametrize("sigma", [1e-3, None])
+def test_copies_of_a_smooth_model_end_where_one_came_near(sharp, sigma, monkeypatch):
     """Of a sharp one all are used: until the last it may lead elsewhere."""
     equations, copy, prior, truth = linear(copy_is_right=True)
-    heard: list[Equations] = []
-    descended = Search._descended
-
-    def listening(search, which, *rest):
-        heard.append(which)
-        return descended(search, which, *rest)
-
-    monkeypatch.setattr(Search, "_descended", listening)
-    copies = [copy, replace(copy), replace(copy)]
-    told: list[tuple[int, int]] = []
-    search = Search(equations, copies, prior, 1e-3, 100, lambda *now: told.append(now[:2]), sharp=sharp)
+    heard, copies = listen(monkeypatch), [copy, replace(copy), replace(copy)]
+    search = Search(equations, copies, prior, sigma, 100, silent, sharp=sharp)
     end = search.run(torch.zeros(1, SIZE, dtype=torch.float64))
-    assert end.explained
     assert float((prior.coefficients(end.w[0]) - truth).norm() / truth.norm()) < 1e-2
-    assert [sum(which is one for which in heard) for one in copies] == ([1, 1, 1] if sharp else [1, 0, 0])
-    assert heard[-1] is equations
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
-    assert all(done <= total for done, total in told)
+    assert [sum(which is one for which, *_ in heard) for one in copies] == ([1, 1, 1] if sharp else [1, 0, 0])
+    assert heard[-1][0] is equations
+    assert all(
+        level <= heard[0][1] for which, level, _ in heard if which is equations
+    )  # no levels from the loudest down
+    assert in_order(heard, search)
 
 
-def test_levels_of_noise_lead_where_copies_of_a_smooth_model_do_not():
-    equations, wrong, prior, truth = linear(copy_is_right=False)
-    begin = torch.zeros(1, SIZE, dtype=torch.float64)
-    search = Search(equations, [wrong], prior, 1e-3, 100, silent, sharp=False)
-    end = search.run(begin)
-    assert search.levels
-    assert end.explained
-    assert float((prior.coefficients(end.w[0]) - truth).norm() / truth.norm()) < 1e-2
-    led = Search(equations, [replace(equations)], prior, 1e-3, 100, silent, sharp=False).run(begin)
-    assert len(led.costs) < len(end.costs)
+@pytest.mark.parametrize("hidden", [False, True])
+def test_levels_of_noise_lead_where_copies_of_a_smooth_model_do_not(hidden, monkeypatch):
+    equations, wrong, prior, truth = linear(copy_is_right=False, constant=0.0)
+    noise = torch.randn(300, generator=derive_generator(1, "noise"), dtype=torch.float64)
+    rms = float(equations.observed.square().mean().sqrt())
+    equations = replace(equations, observed=equations.observed + 0.1 * rms * noise)
+    heard = listen(monkeypatch)
+    search = Search(equations, [wrong], prior, None if hidden else 0.1 * rms, 100, silent, sharp=False)
+    end = search.run(torch.zeros(1, SIZE, dtype=torch.float64))
+    tried = [level for which, level, _ in heard if which is equations]
+    assert search.levels[0] == max(tried) > 4.0 * rms
+    assert search.levels[1] in tried
+    assert float((prior.coefficients(end.w[0]) - truth).norm() / truth.norm()) < 0.2
+    assert in_order(heard, search)
+    assert len(end.costs) > len(tried)
 
 
-def test_images_that_are_drawn_begin_with_narrower_copies(monkeypatch):
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_images_that_are_drawn_begin_with_narrower_copies(count, monkeypatch):
     equations, copy, prior, _ = linear(copy_is_right=True)
-    heard: list[list[Equations]] = []
-    descended = Search._descended
-
-    def listening(search, which, *rest):
-        heard[-1].append(which)
-        return descended(search, which, *rest)
-
-    monkeypatch.setattr(Search, "_descended", listening)
-    copies = [replace(copy) for _ in range(4)]
+    heard, copies = listen(monkeypatch), [replace(copy) for _ in range(count)]
     search = Search(equations, copies, prior, 1e-3, 20, silent, runs=2)
-    for size in (0.0, 1.0):
-        heard.append([])
+    for size, first in ((0.0, 0), (1.0, min(2, count - 1))):
+        before = search.stages
+        heard.clear()
         search.run(torch.full((1, SIZE), size, dtype=torch.float64))
-    assert heard[0][0] is copies[0]
-    assert heard[1][0] is copies[2]
+        assert heard[0][0] is copies[first]
+        assert in_order(heard, search, before)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -401,15 +414,34 @@ def test_a_clean_update_is_matched_to_its_precision(patches):
     assert float(psnr_db(found.images, image)) > 60.0
 
 
-def test_noise_that_nobody_told_of_is_not_taken_for_rounding(patches):
-    """A clean update is matched to a small share of its size, unless sigma asks for more."""
+@pytest.mark.parametrize(
+    ("defense", "sigma", "noise"),
+    [
+        (None, None, 3e-5),
+        ("none", None, 3e-5),
+        ("none", 0.0, 0.0),
+        ("gaussian-noise(sigma=1e-6, relative=True)", None, 1e-6),
+    ],
+)
+def test_noise_that_nobody_told_of_is_not_taken_for_rounding(patches, defense, sigma, noise):
+    """A clean update is matched to a small share of its size, unless sigma or a known defense says how far."""
     image = patches.private.images([3]).double()
     model, update, knowledge, _ = noisy(SMOOTH, image, 0.0)
     rms = float(torch.cat([t.reshape(-1) for t in update.received.values()]).square().mean().sqrt())
-    knowledge = replace(knowledge, defense="none")
-    untold, exact = (attack(model, update, knowledge, sigma=sigma, iterations=1) for sigma in (None, 0.0))
-    assert untold.diagnostics["noise_std"] == pytest.approx(3e-5 * rms, rel=1e-3)
-    assert exact.diagnostics["noise_std"] < 1e-10 * rms
+    knowledge = replace(knowledge, defense=defense, public_images=patches.public.images())
+    found = attack(model, update, knowledge, sigma=sigma, iterations=30 if defense is None else 1)
+    assert found.diagnostics["noise_std"] == pytest.approx(noise * rms, rel=1e-3, abs=1e-10 * rms)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_model_with_gelus_is_inverted_whether_its_noise_is_known_or_not(patches, hidden):
+    image = patches.private.images([3]).double()
+    model, update, knowledge, sigma = noisy(CURVED, image, 0.3)
+    knowledge = replace(knowledge, public_images=patches.public.images())
+    found = attack(model, update, replace(knowledge, defense=None) if hidden else knowledge)
+    assert found.diagnostics["noise_std"] == pytest.approx(sigma, rel=0.1)
+    mean = patches.public.images().mean(0, keepdim=True).double()
+    assert float(psnr_db(found.images, image)) > float(psnr_db(mean, image)) + 3.0
 
 
 def test_smoothed_copies_lead_through_kinks(patches):
@@ -429,7 +461,7 @@ def test_more_starts_are_made_until_one_explains_the_update(patches):
     assert attack(model, update, knowledge, restarts=3).diagnostics["starts"] == 1.0
 
 
-@pytest.mark.parametrize("case", [SMOOTH, SHARP], ids=["smooth", "relu"])
+@pytest.mark.parametrize("case", [SMOOTH, CURVED, SHARP], ids=["sigmoid", "gelu", "relu"])
 def test_progress_never_goes_back_nor_past_its_end(patches, case):
     model, update, knowledge, _ = noisy(case, patches.private.images([3]).double(), 0.1)
     told: list[tuple[int, int]] = []
