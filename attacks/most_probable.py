@@ -156,7 +156,8 @@ class Search:
     ) -> "Search":
         """Through so many smoothed copies of the model, where it has what can be smoothed."""
         copies = _smoothed_copies(equations, prior, smoothing_steps, generator)
-        return Search(equations, copies, prior, sigma, iterations, progress, runs, bool(kinks(equations.problem.model)))
+        sharp = bool(copies) and bool(kinks(equations.problem.model))
+        return Search(equations, copies, prior, sigma, iterations, progress, runs, sharp)
 
     def run(self, begin: Tensor) -> End:
         """Through copies, where there are any. A smooth model is then searched through levels of noise, unless what copies led
