@@ -172,7 +172,7 @@ class GGCDM:
         prior = load_prior(knowledge.prior).fitting(knowledge.image_shape)
         first = None
         if self.start_from != NOISE:
-            first, knowledge = first_guess(self.start_from, update, model, task, knowledge, generator)
+            first, knowledge = first_guess(self.start_from, update, model, task, knowledge, generator, progress)
         if knowledge.labels is None:
             knowledge = replace(knowledge, labels=infer_labels(update, model, knowledge, generator=generator))
         precision = "float64" if self.precision is None and self.guidance == "posterior" else self.precision

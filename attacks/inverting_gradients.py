@@ -62,7 +62,7 @@ class InvertingGradients:
         progress: Progress = silent,
     ) -> Reconstruction:
         begun = perf_counter()
-        first, knowledge = first_guess(self.start, update, model, task, knowledge, generator)
+        first, knowledge = first_guess(self.start, update, model, task, knowledge, generator, progress)
         if task.name == "classification" and knowledge.labels is None:
             knowledge = replace(knowledge, labels=infer_labels(update, model, knowledge, generator=generator))
         knowledge, diagnostics = settle_timesteps(update, model, task, knowledge, self.timesteps)

@@ -95,7 +95,7 @@ class SecondOrder(Options):
         progress: Progress = silent,
     ) -> Reconstruction:
         begun = perf_counter()
-        first, knowledge = first_guess(self.start, update, model, task, knowledge, generator)
+        first, knowledge = first_guess(self.start, update, model, task, knowledge, generator, progress)
         if task.name == "diffusion" and (knowledge.timesteps is None or knowledge.history):
             return _search_rounds(self, update, model, task, knowledge, generator, progress, begun, first)
         if task.name == "classification" and knowledge.labels is None:

@@ -12,7 +12,7 @@ from attacks.matching import STARTS
 from fedattack.errors import FedattackError, MissingKnowledge, NotApplicable, one_of
 from fedattack.registry import ATTACKS, parse_spec
 from fedattack.tasks import Task
-from fedattack.types import Attack, Knowledge, Update
+from fedattack.types import Attack, Knowledge, Progress, Update, silent
 
 
 def random_start(start: str) -> str:
@@ -26,12 +26,19 @@ def random_start(start: str) -> str:
 
 
 def first_guess(
-    start: str, update: Update, model: nn.Module, task: Task, knowledge: Knowledge, generator: torch.Generator
+    start: str,
+    update: Update,
+    model: nn.Module,
+    task: Task,
+    knowledge: Knowledge,
+    generator: torch.Generator,
+    progress: Progress = silent,
 ) -> tuple[Tensor | None, Knowledge]:
     """Images (B,C,H,W) that the attack named by `start` finds in this update, and what is known with its labels.
 
     None and `knowledge` itself where `start` is random. Images are put in the order of the labels, known ones or the
-    attack's own. Raises NotApplicable where there are several images without labels, or what the attack raises.
+    attack's own. progress hears of that attack's iterations before it hears of the search's, and may stop it. Raises
+    NotApplicable where there are several images without labels, or what the attack raises.
     """
     name, parameters = parse_spec(start)
     if name in STARTS:
@@ -42,7 +49,7 @@ def first_guess(
     if missing := attack.needs - knowledge.known():
         raise MissingKnowledge(f"start {name!r} needs {', '.join(sorted(missing))}, which this threat model hides")
     alone = replace(knowledge, history=None)
-    found = attack.reconstruct(update, model, task, alone, generator=generator)
+    found = attack.reconstruct(update, model, task, alone, generator=generator, progress=progress)
     images = found.images
     if found.labels is None and len(images) > 1:
         raise NotApplicable(

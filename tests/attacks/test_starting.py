@@ -68,6 +68,26 @@ def test_a_random_start_is_left_alone():
     assert guess(KNOWN, "grey") == (None, KNOWN)
 
 
+@pytest.mark.parametrize(
+    "attack",
+    [SecondOrder(start="idlg(iterations=7)"), InvertingGradients(start="idlg(iterations=7)")],
+    ids=["second-order", "inverting-gradients"],
+)
+def test_who_waits_for_a_start_sees_it_work_and_may_stop_it(attack, make_update, patches):
+    model = build_model("mlp", image_shape=SHAPE, num_classes=4, seed=2, hidden=(8,), activation="sigmoid")
+    update = make_update(model, patches.test.images([3]), torch.tensor([1]))
+
+    class Enough(Exception):
+        pass
+
+    def stop(iteration: int, iterations: int, loss: float) -> None:
+        assert (iteration, iterations) == (1, 7)
+        raise Enough
+
+    with pytest.raises(Enough):
+        attack.reconstruct(update, model, Classification(), KNOWN, generator=generator(), progress=stop)
+
+
 def test_what_cannot_be_is_said():
     with pytest.raises(FedattackError, match=r"start must be one of .*linear-leak.*did you mean 'linear-leak'"):
         SecondOrder(start="linear-leek")
