@@ -167,9 +167,9 @@ def schedule_problems(folder: Path, task: Diffusion) -> list[str]:
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 of the weights at `path`, "" where there is nothing: names and contents of its safetensors files."""
+    """SHA-256 of the weights at `path`, "" where there is nothing: names and contents of its safetensors, else .bin files."""
     path = path.expanduser()
-    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
+    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors")) or sorted(path.rglob("*.bin"))
     found = hashlib.sha256()
     for file in files:
         stat = file.stat()

@@ -6,6 +6,7 @@ Job ids are a function of what is attacked and how, so planning twice gives the 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from functools import cache
 from inspect import getsourcefile
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from torch import Tensor
 from fedattack import provenance
 from fedattack.checkpoints import best_weights, digest_of
 from fedattack.config import FINAL, UNRELATED, AttackSettings, Settings
+from fedattack.errors import MissingDependency
 from fedattack.jobs import Job, save_knowledge
 from fedattack.knowledge import ORACLES, build_knowledge
+from fedattack.priors import folder_of
 from fedattack.registry import ATTACKS, DEFENSES
 from fedattack.store import (
     FederationFolder,
@@ -175,7 +178,7 @@ def _jobs(
     shows_public = "public_images" in visible and settings.threat.public_images > 0 and folder.public_images.exists()
     history = earlier_updates(update_path, update, settings.threat.history) if "history" in visible else []
     files = {"public_images": shows_public, "history": bool(history)}
-    weights = digest_of(Path(knowledge.prior)) if knowledge.prior else ""
+    weights = _prior_digest(knowledge.prior)
     known = sorted(knowledge.known() | {name for name, given in files.items() if given})
     return [
         Job(
@@ -202,6 +205,22 @@ def _jobs(
         )
         for attack in attacks
     ]
+
+
+def _prior_digest(prior: str | None) -> str:
+    """Of its weights, "" where there are none to be had."""
+    if prior and not Path(prior).exists():
+        return _hub_digest(prior)
+    return digest_of(Path(prior)) if prior else ""
+
+
+@cache
+def _hub_digest(name: str) -> str:
+    """Of a model of the hub, which is fetched here if need be: asked for once, though hundreds of jobs are planned."""
+    try:
+        return digest_of(folder_of(name))
+    except MissingDependency:  # every job that needs it says so
+        return ""
 
 
 def _prior_data(settings: Settings, prior: str | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ Sources: Ho et al., DDPM, arXiv 2006.11239; Song et al., DDIM, arXiv 2010.02502,
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +86,11 @@ def load_prior(spec: str) -> Prior:
     """A prior from a diffusers folder or the hub: a DDPMPipeline, or a UNet2DModel with its scheduler's configuration.
 
     The folder is what `save_pretrained` writes: model_index.json, unet/ and scheduler/; or config.json with
-    scheduler_config.json beside it or in scheduler/. Weights are read from safetensors only, never from a pickle.
+    scheduler_config.json beside it or in scheduler/, as in `google/ddpm-celebahq-256`. Weights are read from safetensors or,
+    where there are none, from a .bin, by torch's own reader of nothing but tensors, which executes nothing.
     Raises MissingDependency where nothing is found, FedattackError where it cannot serve as a prior.
     """
-    folder = Path(spec).expanduser()
-    if folder.is_dir():
-        unet, scheduler = _local(folder)
-    elif "://" in spec or spec.count("/") != 1 or spec.startswith((".", "/", "~")):
-        raise MissingDependency(must("prior", "a diffusers folder or a name on the hub (owner/model)", spec))
-    else:
-        unet, scheduler = _from_hub(spec)
+    unet, scheduler = _read(folder_of(spec), spec)
     config = unet.config
     size = config.sample_size
     if size is None:
@@ -107,32 +103,48 @@ def load_prior(spec: str) -> Prior:
     return Prior(_frozen(network), _task_of(scheduler, spec), (config.in_channels, height, width), spec)
 
 
-def _local(folder: Path) -> tuple[Any, dict[str, Any]]:
+def folder_of(spec: str) -> Path:
+    """Where the files of a prior are: the folder itself, or the hub's snapshot, fetched where it is not in the cache yet.
+
+    Raises MissingDependency where there are none.
+    """
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        return folder
+    if "://" in spec or spec.count("/") != 1 or spec.startswith((".", "/", "~")):
+        raise MissingDependency(must("prior", "a diffusers folder or a name on the hub (owner/model)", spec))
+    return _snapshot(spec)
+
+
+@cache
+def _snapshot(name: str) -> Path:
+    """One revision for as long as the process lives, named by its commit."""
+    import huggingface_hub
+
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        if not any(folder.rglob("*.safetensors")):
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.bin"]))
+    except Exception as error:
+        raise MissingDependency(f"prior {name!r} is no local folder and cannot be had from the hub: {error}") from error
+    return folder
+
+
+def _read(folder: Path, spec: str) -> tuple[Any, dict[str, Any]]:
     """The U-Net and its scheduler's configuration in a folder."""
     from diffusers import DDPMScheduler, UNet2DModel
 
-    root = folder / "unet" if (folder / "model_index.json").is_file() else folder
-    if not (root / "config.json").is_file():
-        rule = "a diffusers folder with model_index.json or config.json"
-        raise MissingDependency(must("prior", rule, str(folder)))
+    root = next((path for path in (folder / "unet", folder) if (path / "config.json").is_file()), None)
+    if root is None:
+        raise MissingDependency(must("prior", "a diffusers folder with unet/config.json or config.json", spec))
     holders = [path for path in (folder / "scheduler", folder) if (path / "scheduler_config.json").is_file()]
     if not holders:
-        raise FedattackError(f"prior {str(folder)!r} holds no scheduler_config.json: its noise schedule is unknown")
+        raise FedattackError(f"prior {spec!r} holds no scheduler_config.json: its noise schedule is unknown")
     try:
-        unet = UNet2DModel.from_pretrained(root, use_safetensors=True, low_cpu_mem_usage=False)
+        unet = UNet2DModel.from_pretrained(root, local_files_only=True, low_cpu_mem_usage=False)
     except Exception as error:
-        raise FedattackError(f"prior {str(folder)!r} cannot be read as a UNet2DModel: {error}") from error
+        raise FedattackError(f"prior {spec!r} cannot be read as a UNet2DModel: {error}") from error
     return unet, dict(DDPMScheduler.load_config(holders[0]))
-
-
-def _from_hub(name: str) -> tuple[Any, dict[str, Any]]:
-    from diffusers import DDPMPipeline
-
-    try:
-        pipeline = DDPMPipeline.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False)
-    except Exception as error:
-        raise MissingDependency(f"prior {name!r} is no local folder and cannot be had from the hub: {error}") from error
-    return pipeline.unet, dict(pipeline.scheduler.config)
 
 
 def _task_of(scheduler: dict[str, Any], spec: str) -> Diffusion:

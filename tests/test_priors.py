@@ -6,7 +6,10 @@ import shutil
 import pytest
 import torch
 from conftest import update_from
+from safetensors.torch import load_file
 
+from fedattack import priors
+from fedattack.checkpoints import digest_of
 from fedattack.errors import FedattackError, MissingDependency
 from fedattack.models import build_model
 from fedattack.priors import (
@@ -236,9 +239,9 @@ def test_schedules_that_cannot_be_reproduced_are_refused(saved, tmp_path, change
 
 
 def test_what_is_no_prior_is_refused_with_what_would_be_one(saved, tmp_path, monkeypatch):
-    import diffusers
+    import huggingface_hub
 
-    with pytest.raises(MissingDependency, match=r"a diffusers folder with model_index.json"):
+    with pytest.raises(MissingDependency, match=r"a diffusers folder with unet/config.json"):
         load_prior(str(tmp_path))
     for spec in ("/no/such/folder", "./prior", "name", "https://example.org/x"):
         with pytest.raises(MissingDependency, match="prior must be a diffusers folder or a name on the hub"):
@@ -247,14 +250,67 @@ def test_what_is_no_prior_is_refused_with_what_would_be_one(saved, tmp_path, mon
     def offline(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr(diffusers.DDPMPipeline, "from_pretrained", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(MissingDependency, match=r"'owner/model' is no local folder.*no network"):
         load_prior("owner/model")
 
 
-def test_weights_in_a_pickle_are_not_read(saved, tmp_path):
-    shutil.copytree(saved[0], tmp_path / "p")
-    weights = tmp_path / "p" / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.rename(weights.with_suffix(".bin"))
+def flat(saved, folder, pickled: bool) -> None:
+    """A pipeline as google/ddpm-celebahq-256 has it: no sub-folders, and weights that may be older than safetensors."""
+    folder.mkdir()
+    (folder / "model_index.json").write_text((saved[0] / "model_index.json").read_text())
+    for file in ("unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"):
+        shutil.copy(saved[0] / file, folder)
+    if pickled:
+        weights = folder / "diffusion_pytorch_model.safetensors"
+        torch.save(load_file(weights), weights.with_suffix(".bin"))
+        weights.unlink()
+
+
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
+def test_a_pipeline_without_sub_folders_loads(saved, tmp_path, pickled):
+    flat(saved, tmp_path / "p", pickled)
+    prior = load_prior(str(tmp_path / "p"))
+    assert prior.task.num_train_timesteps == 50
+    x, t = latent().float(), torch.tensor([3, 40])
+    assert torch.equal(prior.predict(x, t), saved[1](x, t))
+
+
+def test_weights_that_would_run_something_are_refused(saved, tmp_path):
+    flat(saved, tmp_path / "p", pickled=True)
+    marker = tmp_path / "was-run"
+
+    class Trap:
+        def __reduce__(self):
+            return marker.mkdir, ()
+
+    torch.save({"conv_in.weight": Trap()}, tmp_path / "p" / "diffusion_pytorch_model.bin")
     with pytest.raises(FedattackError, match="cannot be read as a UNet2DModel"):
         load_prior(str(tmp_path / "p"))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
+def test_a_model_of_the_hub_is_fetched_without_what_it_does_not_need(saved, tmp_path, monkeypatch, pickled):
+    """The hub is a folder here: of a repository only files of the asked patterns come."""
+    import huggingface_hub
+
+    flat(saved, tmp_path / "hub", pickled)
+    (tmp_path / "hub" / "grid.png").write_bytes(b"")
+    fetched = tmp_path / "cache"
+
+    def download(name, allow_patterns):
+        assert name == "owner/model"
+        for file in (tmp_path / "hub").iterdir():
+            if any(file.match(pattern) for pattern in allow_patterns):
+                fetched.mkdir(exist_ok=True)
+                shutil.copy(file, fetched)
+        return str(fetched)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    priors._snapshot.cache_clear()
+    prior = load_prior("owner/model")
+    priors._snapshot.cache_clear()
+    assert (prior.source, prior.task.num_train_timesteps) == ("owner/model", 50)
+    assert not (fetched / "grid.png").exists()
+    assert digest_of(fetched) == digest_of(tmp_path / "hub") != ""
