@@ -28,7 +28,7 @@ from fedattack.store import (
     write_json,
     write_tensors,
 )
-from fedattack.tasks import build_task, parameter_names
+from fedattack.tasks import Diffusion, build_task, parameter_names
 from fedattack.types import Attack, Knowledge, Progress, Reconstruction, Update, silent
 
 
@@ -181,7 +181,7 @@ def attack_update(
 
     context: {"model": {"name", "options"}, "image_shape", "num_classes", "mode", "task": {"name", "options"}}.
     Raises NotApplicable or MissingKnowledge where the attack cannot start, MalformedUpdate where the update is not the
-    model's, FedattackError where known timesteps or noise cannot be the task's.
+    model's, FedattackError where known timesteps or noise cannot be the task's, or the task's timesteps the model's.
     """
     task = build_task(context["task"]["name"], context["task"].get("options"))
     if task.name not in attack.tasks:
@@ -195,6 +195,8 @@ def attack_update(
         seed=0,
         **context["model"].get("options", {}),
     )
+    if isinstance(task, Diffusion):
+        task.check_model(model, context["image_shape"])
     model.train(context.get("mode", "train") == "train").to(device)
     for seen in (update, *(knowledge.history or ())):
         check_update(seen, model)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from fedattack.errors import FedattackError, MissingKnowledge, must, one_of
+from fedattack.seeding import seeded_default_generator
 from fedattack.types import Knowledge, Private, State, UpdateKind
 
 Predict = Callable[..., Tensor]
@@ -160,6 +161,18 @@ class Diffusion:
             "noise": Variable((draws, *shape)),
             "timesteps": Variable((draws,), 0.0, float(self.num_train_timesteps - 1), discrete=True),
         }
+
+    def check_model(self, model: nn.Module, image_shape: tuple[int, ...]) -> None:
+        """Raise FedattackError where the model, which stays untouched, embeds fewer timesteps than are drawn."""
+        copies = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        some = next(tensor for tensor in copies.values() if tensor.is_floating_point())
+        last = torch.tensor([self.num_train_timesteps - 1], device=some.device)
+        try:
+            with torch.no_grad(), seeded_default_generator(0):
+                bind(model, copies)(torch.zeros(1, *image_shape, dtype=some.dtype, device=some.device), last)
+        except IndexError as error:
+            rule = f"at most the number of timesteps that {type(model).__name__} embeds"
+            raise FedattackError(must("num_train_timesteps", rule, self.num_train_timesteps)) from error
 
     def _check_timesteps(self, timesteps: Tensor, draws: int) -> None:
         if tuple(timesteps.shape) != (draws,):

@@ -30,6 +30,7 @@ from fedattack.store import (
     write_rows,
     write_tensors,
 )
+from fedattack.tasks import Diffusion
 from fedattack.types import State, Update
 from strategies.attack_pool import AttackPool
 from strategies.honest_but_curious import HonestButCurious, Incident
@@ -112,6 +113,8 @@ def _run_federation(
     waiting = [cell for cell in cells if cell.threat.prior == FINAL]  # for the model that this training ends with
     prompt = [cell for cell in cells if cell not in waiting]
     victim = build_victim(settings, shape, classes)
+    if isinstance(task := settings.task.build(), Diffusion):
+        task.check_model(victim, shape)
     keeper = _checkpointer(settings, folder)
 
     progress = _progress_of(settings, folder)

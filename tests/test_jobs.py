@@ -26,6 +26,7 @@ from fedattack.jobs import (
 )
 from fedattack.metrics import psnr_db
 from fedattack.models import build_model
+from fedattack.registry import ATTACKS
 from fedattack.seeding import derive_generator
 from fedattack.store import load_reconstruction, save_update, write_tensors
 from fedattack.types import Knowledge, Reconstruction, Update, silent
@@ -277,6 +278,41 @@ def test_needs_are_checked_before_the_model_is_built(monkeypatch, make_update, r
     with pytest.raises(NotApplicable, match="'diffusion'"):
         attack_update(Toy(), update, other, Knowledge(image_shape=SHAPE), generator=generator)
     assert Toy.runs == []
+
+
+class Learned(torch.nn.Module):
+    """A model of a user's own, with a learned embedding of so many timesteps."""
+
+    def __init__(self, image_shape, num_classes, embedded):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(embedded, 1)
+
+    def forward(self, images, timesteps):
+        return images * self.embedding(timesteps)[:, :, None, None]
+
+
+@pytest.mark.parametrize(("embedded", "fits"), [(1000, True), (999, False)])
+def test_timesteps_that_the_model_cannot_embed_are_told_before_the_attack(embedded, fits, monkeypatch):
+    """A bare IndexError from inside an embedding helps nobody."""
+    sent = dict(Learned(SHAPE, 1, embedded).state_dict())
+    update = Update(round=1, client="0", sent=sent, received=sent, kind="gradient")
+    model = {"name": f"{__name__}:Learned", "options": {"embedded": embedded}}
+    context = {"model": model, "image_shape": SHAPE, "num_classes": 1, "task": {"name": "diffusion"}}
+    begun = []
+    attack = ATTACKS.create("dlg-dm", iterations=1)
+    reached = lambda *_, **__: begun.append(1) or Reconstruction(torch.zeros(1, *SHAPE))  # noqa: E731
+    monkeypatch.setattr(type(attack), "reconstruct", reached)
+
+    def run():
+        knowledge = Knowledge(image_shape=SHAPE, batch_size=1)
+        attack_update(attack, update, context, knowledge, generator=derive_generator(0, "x"))
+
+    if fits:
+        run()
+    else:
+        with pytest.raises(FedattackError, match=r"num_train_timesteps must be at most the number .* embeds, got 1000"):
+            run()
+    assert bool(begun) == fits
 
 
 def test_torch_threads_are_put_back():

@@ -213,6 +213,27 @@ def test_weights_that_do_not_fit_are_refused(tmp_path) -> None:
         run_campaign(wider, tmp_path / "wider")
 
 
+class Short(torch.nn.Module):
+    """A model of a user's own, with a learned embedding of 100 timesteps."""
+
+    def __init__(self, image_shape, num_classes):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(100, 1)
+
+    def forward(self, images, timesteps):
+        return images * self.embedding(timesteps)[:, :, None, None]
+
+
+def test_timesteps_that_the_model_cannot_embed_are_told_before_the_training(tmp_path) -> None:
+    own = {"name": f"{__name__}:Short", "options": {}}
+    with pytest.raises(
+        FedattackError, match=r"num_train_timesteps must be at most the number .* Short embeds, got 1000"
+    ):
+        run_campaign(config(model=own), tmp_path / "run")
+    fitting = {"name": "diffusion", "options": {"num_train_timesteps": 100}}
+    assert len(losses(run_campaign(config(model=own, task=fitting), tmp_path / "fits").run)) == 3
+
+
 # ------------------------------------------------------------------------------------------------ the attacker's prior
 def test_the_final_model_becomes_the_attackers_prior_once_training_is_over(tmp_path) -> None:
     attack = [{"name": "inverting-gradients", "iterations": 1}]
