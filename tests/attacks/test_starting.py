@@ -64,6 +64,34 @@ def test_images_without_labels_have_no_order(monkeypatch):
         guess(replace(KNOWN, batch_size=3))
 
 
+@dataclass(frozen=True)
+class Half:
+    """Finds two images, one twice as bright as the other, without labels."""
+
+    name: ClassVar[str] = "half"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    tasks: ClassVar[frozenset[str]] = frozenset({"diffusion"})
+
+    def reconstruct(self, update, model, task, knowledge, *, generator, progress=None):
+        return Reconstruction(torch.tensor([0.6, 0.3]).reshape(-1, 1, 1, 1).expand(-1, *SHAPE))
+
+
+def test_images_of_a_diffusion_client_need_no_labels(make_update, patches):
+    """They have no order but that of what is drawn with them, so what another attack found of two begins a search of both."""
+    task = Diffusion()
+    options = {"block_out_channels": (8,), "attention": (), "mid_attention": False, "norm_num_groups": 4}
+    model = build_model("unet", image_shape=SHAPE, num_classes=None, seed=0, **options).double()
+    update = make_update(model, patches.test.images([3, 5]).double(), torch.zeros(2, dtype=torch.long), task=task)
+    known = Knowledge(image_shape=SHAPE, batch_size=2)
+    images, same = first_guess(f"{__name__}:Half", update, model, task, known, generator())
+    torch.testing.assert_close(images[:, 0, 0, 0], torch.tensor([0.6, 0.3]))
+    assert same is known
+    attack = SecondOrder(start=f"{__name__}:Half", restarts=1, iterations=2)
+    found = attack.reconstruct(update, model, task, known, generator=generator())
+    assert found.steps == 2
+    assert (found.diagnostics["starts"], found.diagnostics["descents"]) == (1.0, 0.0)
+
+
 def test_a_random_start_is_left_alone():
     assert guess(KNOWN, "grey") == (None, KNOWN)
 
