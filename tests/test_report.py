@@ -636,6 +636,32 @@ def test_quality_that_rises_and_falls_is_shown(tmp_path: Path) -> None:
     check(page_of(run_folder(tmp_path, [jobs[0] | {"trajectory": way} for way in broken])))
 
 
+def test_every_metric_of_the_way_has_its_panel(tmp_path: Path) -> None:
+    """Beside PSNR and the own distance: SSIM and LPIPS where rows have them, each saying of how many jobs and steps."""
+    way = {"steps": [0, 5, 10], "psnr_db": [[5.0], [8.0], [9.0]]}
+    whole = way | {"ssim": [[0.1, 0.3], [0.4, 0.4], [0.5, 0.5]], "lpips": {"<squeeze>": [[0.9], [0.5], [0.25]]}}
+    jobs = [
+        row("gg-cdm", [9.0], losses=[3.0, 2.0, 1.0], steps=10, trajectory=found, client=client)
+        for client, found in (("a", whole), ("b", way | {"ssim": [[0.2]], "lpips": 3}))
+    ]
+    ((_, (found,)),) = ways(jobs)
+    assert [(chart.title, chart.note) for chart in found.charts] == [
+        ("PSNR, dB", "mean of 2 jobs, taken at 3 of the steps up to 10"),
+        ("SSIM", "mean of 1 job, taken at 3 of the steps up to 10"),
+        ("LPIPS (<squeeze>)", "mean of 1 job, taken at 3 of the steps up to 10"),
+        ("Own distance", "mean of 2 jobs"),
+    ]
+    ssim, lpips = found.charts[1].svg, found.charts[2].svg
+    for svg, values in ((ssim, (0.2, 0.4, 0.5)), (lpips, (0.9, 0.5, 0.25))):
+        assert [f"no defense: {value:.4g}" in svg for value in values] == [True] * 3
+    page = page_of(run_folder(tmp_path, jobs))
+    check(page)
+    assert "<squeeze>" not in page
+    words = words_of(page)
+    assert "mean of 1 job, taken at 3 of the steps up to 10" in words
+    assert [chart.title for chart in ways(jobs[1:])[0][1][0].charts] == ["PSNR, dB", "Own distance"]
+
+
 def test_controls_are_told_from_what_they_control(tmp_path: Path) -> None:
     """A yardstick is not called like the attack; one that does not apply is a note, where it was asked for a failure."""
     spec = "gg-cdm(guidance='dps')"
