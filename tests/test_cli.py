@@ -3,12 +3,17 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from fedattack import registry
 from fedattack.cli import Kind, app
+from fedattack.errors import FedattackError
+from fedattack.store import save_update
+from fedattack.types import Update
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = str(ROOT / "experiments/recipes/quick.toml")
@@ -78,6 +83,90 @@ def test_run_then_report(tmp_path) -> None:
     missing = run_main("report", str(tmp_path))
     assert missing.returncode == 2
     assert "run folder must be one that `fedattack run` made" in missing.stderr
+
+
+SAYS = {
+    "model": {"name": "mlp", "options": {"hidden": [4, 4]}},
+    "task": {"name": "diffusion", "options": {"num_train_timesteps": 50}},
+    "image_shape": [1, 2, 2],
+    "num_classes": 3,
+}
+
+
+@pytest.fixture
+def told(tmp_path, monkeypatch):
+    """The result of `fedattack attack` on a file that says SAYS, and the context that its job would have."""
+    contexts: list[dict[str, Any]] = []
+
+    def run_job(job: Any, *_: Any, **__: Any) -> None:
+        contexts.append(job.context)
+        raise FedattackError("far enough")
+
+    monkeypatch.setattr("fedattack.jobs.run_job", run_job)
+
+    def attack(*arguments: str, **says: Any) -> tuple[str, dict[str, Any]]:
+        path, weights = tmp_path / "c-round-1.safetensors", {"w": torch.zeros(2)}
+        update = Update(round=1, client="c", sent=weights, received=weights, kind="gradient", num_examples=1)
+        save_update(path, update, {name: value for name, value in (SAYS | says).items() if value})
+        contexts.clear()
+        out = str(tmp_path / "out")
+        done = CliRunner().invoke(app, ["attack", str(path), "-a", "linear-leak", "-o", out, *arguments])
+        assert isinstance(done.exception, FedattackError), done.output
+        return done.output + str(done.exception), contexts[0] if contexts else {}
+
+    return attack
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--task", "diffusion(beta_schedule='sigmoid')"],
+            "--task must be what the update says, beta_schedule='linear' (the default), got beta_schedule='sigmoid'",
+        ),
+        (
+            ["--task", "diffusion(num_train_timesteps=1000)"],
+            "says, num_train_timesteps=50, got num_train_timesteps=1000",
+        ),
+        (["--task", "classification"], "--task must be what the update says, diffusion, got classification"),
+        (["--model", "lenet"], "--model must be what the update says, mlp, got lenet"),
+        (["--model", "mlp(hidden=[4])"], "--model must be what the update says, hidden=[4, 4], got hidden=[4]"),
+        (["--image-shape", "1,2,3"], "--image-shape must be what the update says, [1, 2, 2], got [1, 2, 3]"),
+        (["--num-classes", "4"], "--num-classes must be what the update says, 3, got 4"),
+    ],
+)
+def test_attack_refuses_what_contradicts_the_update_unless_told_to_insist(told, arguments, message) -> None:
+    said, context = told(*arguments)
+    assert message in said
+    assert "--override" in said
+    assert not context
+    said, context = told(*arguments, "--override")
+    assert message in said
+    assert "far enough" in said
+    assert context != SAYS
+
+
+def test_attack_names_all_contradictions_at_once(told) -> None:
+    said, _ = told("--task", "diffusion(beta_start=0.1, beta_end=0.2)", "--num-classes", "4")
+    assert [part in said for part in ("beta_start=0.1", "beta_end=0.2", "3, got 4")] == [True] * 3
+
+
+def test_attack_takes_what_agrees_with_the_update_or_is_not_said_there(told) -> None:
+    """Defaults and tuples are no contradiction, options that are not named stay, a part that is missing may be anything."""
+    same = ("--task", "diffusion(beta_schedule='linear', beta_start=1e-4)", "--model", "mlp(hidden=(4, 4))")
+    said, context = told(*same, "--image-shape", "1,2,2", "--num-classes", "3")
+    assert "must be what" not in said
+    task = {"num_train_timesteps": 50, "beta_schedule": "linear", "beta_start": 1e-4}
+    assert context["task"] == {"name": "diffusion", "options": task}
+    assert told("--model", "fedattack.models.mlp:mlp")[1]["model"]["options"] == {"hidden": [4, 4]}
+    assert told("--task", "diffusion(beta_schedule='sigmoid')", "--override")[1]["task"]["options"] == {
+        "num_train_timesteps": 50,
+        "beta_schedule": "sigmoid",
+    }
+    assert told("--model", "lenet", "--override")[1]["model"] == {"name": "lenet", "options": {}}
+    said, context = told("--model", "lenet", "--task", "diffusion(beta_schedule='sigmoid')", model=None, task=None)
+    assert "must be what" not in said
+    assert context["task"]["options"] == {"beta_schedule": "sigmoid"}
 
 
 def test_attack_refuses_what_is_no_update(tmp_path) -> None:

@@ -16,7 +16,7 @@ from fedattack.flooring import Floors, Protection, target_of
 from fedattack.models import build_model
 from fedattack.planning import updates_of
 from fedattack.report import markdown_table
-from fedattack.report.summary import cell_floor, summarise
+from fedattack.report.summary import cell_floor, small_number, summarise
 from fedattack.scoring import score_run
 from fedattack.store import RunFolder, read_rows
 
@@ -341,6 +341,7 @@ def test_the_command_states_vulnerability(campaign, tmp_path):
     done = CliRunner().invoke(app, ["floor", "--run", str(run.path), "--rv", "--json", str(tmp_path / "f.json")])
     assert done.exit_code == 0, done.output
     assert "times the gradient's rms" in done.output
+    assert "ranking: needs two models or rounds" in done.output
     line = json.loads((tmp_path / "f.json").read_text())[0]
     cell = next(one for one in wanted.cells if one.federation.defense == line["defense"])
     path = run.federation(cell.federation_id).updates / f"{line['client']}-round-1.safetensors"
@@ -360,6 +361,41 @@ def test_the_command_states_vulnerability(campaign, tmp_path):
     assert line["vulnerability"]["rv"] == pytest.approx(float(sum(squares)) ** 0.5, rel=1e-5)
     plain = CliRunner().invoke(app, ["floor", "--run", str(run.path)])
     assert "RV" not in plain.output
+
+
+def test_the_command_ranks_models_and_rounds_before_any_attack(tmp_path):
+    """Two models in two rounds, by what the lines of its own JSON say of the updates without a defense."""
+    config, target = tmp_path / "c.toml", tmp_path / "f.json"
+    config.write_text(
+        "attack = []\n[data]\noptions = { image_size = 4 }\n"
+        '[federation]\nclients = 2\nrounds = 2\nlearning_rate = 5.0\ndefense = ["none", "norm-clipping(max_norm=1e-3)"]\n'
+        '[[case]]\ntitle = "[narrow]"\nmodel = { name = "mlp", options = { hidden = [4] } }\n'
+        '[[case]]\ntitle = "wide"\nmodel = { name = "mlp", options = { hidden = [32] } }\n'
+    )
+    done = CliRunner().invoke(app, ["floor", str(config), "--rv", "--sigma", "1e-4,1e-2", "--json", str(target)])
+    assert done.exit_code == 0, done.output
+    states = {}
+    for line in json.loads(target.read_text()):
+        if line["defense"] == "none":
+            about = "untrained" if line["round"] == 1 else "after 1 round"
+            states.setdefault(f"{line['case']}, {about}", []).append(line)
+    left = {
+        state: sum(-20 * math.log10(1e-4 * line["floor"]["rms_per_sigma"]) for line in lines) / len(lines)
+        for state, lines in states.items()
+    }
+    table = done.output[done.output.index("Which model leaks most") :]
+    shown = sorted(left, key=table.index)
+    assert shown == sorted(left, key=lambda state: -left[state])
+    assert len(shown) == 4
+    assert "(b) at σ=0.0001, dB" in table
+    for state in shown:
+        words = next(line for line in table.splitlines() if state in line).split()
+        rv = max(line["vulnerability"]["rv"] for line in states[state])
+        relative = max(line["vulnerability"]["rv_over_update_rms"] for line in states[state])
+        for value in (rv, relative, -20 * math.log10(1e-4 / rv), left[state]):
+            assert small_number(value) in words
+    assert "8 updates without a defense" in table
+    assert "Left out" not in table
 
 
 def test_there_is_no_vulnerability_of_weights(tmp_path):

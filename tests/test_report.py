@@ -16,7 +16,7 @@ import torch
 
 from fedattack.errors import FedattackError
 from fedattack.report import TITLES, build_report, read_lines, summary
-from fedattack.report.bounds import bound_charts, bound_series, by_clipping, ranking
+from fedattack.report.bounds import bound_charts, bound_series, by_clipping, predicted, ranking
 from fedattack.report.charts import Series, line_chart
 from fedattack.report.gallery import gallery
 from fedattack.report.summary import classify, defense_label, headlines, markdown_table, summarise, write_table
@@ -611,6 +611,45 @@ def test_states_are_ranked_before_and_after_the_attack(tmp_path: Path) -> None:
     assert page_of(run_folder(tmp_path, rows)).count('aria-label="Bounds of model') == 4
 
 
+def test_states_are_ranked_before_any_attack() -> None:
+    """At a σ that was asked for: of updates without a defense, else of those under noise alone, never of clipped ones."""
+    clip = "norm-clipping(max_norm=0.5) + gaussian-noise(sigma=0.1)"
+    rows = [
+        bounded("a", 0.0, 10.0, 5.0, sigma=0.0, defense="none", client="client-0", round=1),
+        bounded("a", 0.0, 1.0, 8.0, sigma=0.0, defense="none", client="client-1", round=1),
+        bounded("a", 0.0, 1e-6, 900.0, federation="noisy", round=1),
+        bounded("a", 0.0, 0.1, 1.0, sigma=0.0, defense="none", round=3),
+        bounded("b", 0.0, 1e-3, 20.0),
+        bounded("c", 0.0, 1.0, 1.0, defense=clip),
+        bounded("d", 0.0, 1e-6, 2.0, sigma=0.0, defense="none"),
+    ]
+    rows[-1]["floor"] |= {"status": "at least"}
+    for line in rows:
+        del line["attack"], line["kind"], line["psnr_db"]
+    found = predicted(rows, 0.01)
+    assert found is not None
+    assert [(line.case, line.about, line.updates) for line in found.lines] == [
+        ("b", "untrained", 1),
+        ("a", "after 2 rounds", 1),
+        ("a", "untrained", 2),
+        ("d", "untrained", 1),
+    ]
+    b, later, first, open_ = found.lines
+    louder = 20 * math.log10(2.0)  # 1 % of rms 2 beside σ = 0.01
+    assert [figure.value for figure in b.figures] == pytest.approx(
+        [20.0, 10.0, 20 * math.log10(2000), 100.0 - louder, 100.0]
+    )
+    assert [figure.value for figure in first.figures] == pytest.approx(
+        [8.0, 4.0, 20 * math.log10(800), 30.0 - louder, 30.0]
+    )
+    assert [figure.rank for figure in later.figures] == [4, 4, 4, 2, 2]
+    assert [figure.rank for figure in open_.figures] == [3, 3, 3, 0, 0]
+    assert open_.figures[-1].shown == "≤ 160"
+    assert "Left out: 1 state" in found.note
+    assert "5 updates without a defense" in found.note
+    assert predicted(rows[:3], 0.01) is None
+
+
 def test_quality_that_rises_and_falls_is_shown(tmp_path: Path) -> None:
     """The mean over images and jobs; the end is what the attack reached, the best step what it could not know."""
     png(tmp_path / "images/a.png", 0)
@@ -634,6 +673,32 @@ def test_quality_that_rises_and_falls_is_shown(tmp_path: Path) -> None:
     broken = [{"steps": [1], "psnr_db": 3}, {"steps": ["x"], "psnr_db": [None]}, {"steps": [0], "psnr_db": [[None]]}, 7]
     assert ways([jobs[0] | {"trajectory": way} for way in broken]) == []
     check(page_of(run_folder(tmp_path, [jobs[0] | {"trajectory": way} for way in broken])))
+
+
+def test_every_metric_of_the_way_has_its_panel(tmp_path: Path) -> None:
+    """Beside PSNR and the own distance: SSIM and LPIPS where rows have them, each saying of how many jobs and steps."""
+    way = {"steps": [0, 5, 10], "psnr_db": [[5.0], [8.0], [9.0]]}
+    whole = way | {"ssim": [[0.1, 0.3], [0.4, 0.4], [0.5, 0.5]], "lpips": {"<squeeze>": [[0.9], [0.5], [0.25]]}}
+    jobs = [
+        row("gg-cdm", [9.0], losses=[3.0, 2.0, 1.0], steps=10, trajectory=found, client=client)
+        for client, found in (("a", whole), ("b", way | {"ssim": [[0.2]], "lpips": 3}))
+    ]
+    ((_, (found,)),) = ways(jobs)
+    assert [(chart.title, chart.note) for chart in found.charts] == [
+        ("PSNR, dB", "mean of 2 jobs, taken at 3 of the steps up to 10"),
+        ("SSIM", "mean of 1 job, taken at 3 of the steps up to 10"),
+        ("LPIPS (<squeeze>)", "mean of 1 job, taken at 3 of the steps up to 10"),
+        ("Own distance", "mean of 2 jobs"),
+    ]
+    ssim, lpips = found.charts[1].svg, found.charts[2].svg
+    for svg, values in ((ssim, (0.2, 0.4, 0.5)), (lpips, (0.9, 0.5, 0.25))):
+        assert [f"no defense: {value:.4g}" in svg for value in values] == [True] * 3
+    page = page_of(run_folder(tmp_path, jobs))
+    check(page)
+    assert "<squeeze>" not in page
+    words = words_of(page)
+    assert "mean of 1 job, taken at 3 of the steps up to 10" in words
+    assert [chart.title for chart in ways(jobs[1:])[0][1][0].charts] == ["PSNR, dB", "Own distance"]
 
 
 def test_controls_are_told_from_what_they_control(tmp_path: Path) -> None:

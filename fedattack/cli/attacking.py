@@ -1,12 +1,14 @@
 """`fedattack attack`: one copied update, offline."""
 
+import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedattack.cli.shared import image_shape_of
-from fedattack.errors import FedattackError
+from fedattack.errors import FedattackError, UnknownName
 
 if TYPE_CHECKING:
     from fedattack.types import Knowledge
@@ -30,6 +32,10 @@ def attack(
     task: Annotated[str, typer.Option(help='Task, if the file does not say: "classification" or "diffusion(…)".')] = "",
     image_shape: Annotated[str, typer.Option(help='Image shape, if the file does not say: "3,32,32".')] = "",
     num_classes: Annotated[int, typer.Option(help="Number of classes, if the file does not say.")] = 0,
+    override: Annotated[
+        bool,
+        typer.Option("--override", help="Let --model, --task, --image-shape and --num-classes contradict the file."),
+    ] = False,
     public: Annotated[
         str, typer.Option(help="Public images for the attacker: a data set, npz:PATH or images:FOLDER.")
     ] = "",
@@ -53,7 +59,7 @@ def attack(
     from fedattack.store import load_reconstruction, load_update, save_png
 
     copied, saved = load_update(update)
-    context = _told_context(dict(saved), model, task, image_shape, num_classes)
+    context = _told_context(dict(saved), model, task, image_shape, num_classes, override)
     facts = server_facts(copied, context)
     said = dict(item.partition("=")[::2] for item in know or [])
     facts |= {key.strip(): toml_value(value.strip()) for key, value in said.items()}
@@ -106,23 +112,93 @@ def attack(
         raise typer.Exit(1)
 
 
-def _told_context(context: dict[str, Any], model: str, task: str, image_shape: str, num_classes: int) -> dict[str, Any]:
-    """How to rebuild model and task: what the update's file says, what the command line says over it, and nothing missing."""
+def _told_context(
+    context: dict[str, Any], model: str, task: str, image_shape: str, num_classes: int, override: bool
+) -> dict[str, Any]:
+    """How to rebuild model and task: what the update's file says, what the command line adds to it, and nothing missing.
+
+    A file leaves out options of which it was trained with the defaults, so these are stated, too. What the command line says
+    otherwise is an error, under `override` a note; options that it does not name stay those of the file.
+    """
     from fedattack.registry import parse_spec
 
+    told: dict[str, Any] = {}
     for part, text in (("model", model), ("task", task)):
         if text:
             name, parameters = parse_spec(text)
-            context[part] = {"name": name, "options": parameters}
+            told[part] = {"name": name, "options": parameters}
     if image_shape:
-        context["image_shape"] = list(image_shape_of(image_shape))
+        told["image_shape"] = list(image_shape_of(image_shape))
     if num_classes:
-        context["num_classes"] = num_classes
+        told["num_classes"] = num_classes
+    differing = []
+    for part, here in told.items():
+        there = context.get(part)
+        if part not in ("model", "task"):
+            pairs = [(str(there), str(here))] if there and there != here else []
+        elif there:
+            pairs, told[part] = _specs_compared(part, there, here)
+        else:
+            pairs = []
+        flag = "--" + part.replace("_", "-")
+        differing += [f"{flag} must be what the update says, {said}, got {given}" for said, given in pairs]
+    if differing and not override:
+        raise FedattackError("; ".join(differing) + " (--override insists on the command line)")
+    for problem in differing:
+        typer.echo(f"overridden: {problem}", err=True)
+    context |= told
     context.setdefault("task", {"name": "classification", "options": {}})
     if missing := [key for key in ("model", "image_shape", "num_classes") if not context.get(key)]:
         flags = ", ".join("--" + key.replace("_", "-") for key in missing)
         raise FedattackError(f"the update does not say its {', '.join(missing)}: give {flags}")
     return context
+
+
+def _specs_compared(
+    part: str, there: dict[str, Any], here: dict[str, Any]
+) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+    """What an update says of its model or task and the command line says otherwise, a pair each; and both put together.
+
+    The command line goes first. Of another model or task the file says nothing, so its options stay away.
+    """
+    if not _same_object(part, there["name"], here["name"]):
+        return [(there["name"], here["name"])], here
+    stated = dict(there.get("options") or {})
+    defaults = _defaults(part, here["name"])
+    pairs = []
+    for name, value in here["options"].items():
+        known, note = (stated.get(name), "") if name in stated else (defaults.get(name, ...), " (the default)")
+        if known is not ... and _as_saved(known) != _as_saved(value):
+            pairs.append((f"{name}={known!r}{note}", f"{name}={value!r}"))
+    return pairs, {"name": here["name"], "options": stated | here["options"]}
+
+
+def _same_object(part: str, one: str, other: str) -> bool:
+    """Whether both names, or a name and "module:Class", are the same model or task."""
+    from fedattack.registry import MODELS
+
+    if one == other or part == "task":
+        return one == other
+    with suppress(UnknownName):  # the file's own class need not be on this machine
+        return MODELS.get(one) is MODELS.get(other)
+    return False
+
+
+def _defaults(part: str, name: str) -> dict[str, Any]:
+    """Options that a model or task has where none are given, {} for an unknown one: whoever builds it says so."""
+    from fedattack.registry import MODELS, parameters_of
+    from fedattack.tasks import TASKS
+
+    if part == "task":
+        return parameters_of(TASKS[name]) if name in TASKS else {}
+    with suppress(UnknownName):
+        return MODELS.parameters(name)
+    return {}
+
+
+def _as_saved(value: Any) -> Any:
+    """As a file gives it back: tuples are lists there."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _save_public(public: str, out: Path, image_shape: list[int], most: int = 256) -> str:

@@ -34,7 +34,8 @@ def floor(
         float, typer.Option(help="Under auto and probes, seconds an update may take, estimated by counting operations.")
     ] = 600.0,
     rv: Annotated[
-        bool, typer.Option("--rv", help="Also state RV = ‖∂gradient/∂images‖_F of every update, which ranks models.")
+        bool,
+        typer.Option("--rv", help="Also state RV = ‖∂gradient/∂images‖_F of every update, and rank models and rounds."),
     ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything as JSON.")] = None,
 ) -> None:
@@ -44,7 +45,7 @@ def floor(
     how many of the unknowns (pixels, and DDPM noise where hidden) it tells, the condition number, rms pixel error per unit of
     noise σ on every coordinate, the update's own rms, the PSNR that σ leaves, and σ*, the noise from which on no unbiased
     attack without a prior reaches --db. Noise-free updates are limited by the rounding of what is sent. Labels and timesteps
-    count as known.
+    count as known. With --rv, models and their states of training (rounds) are ranked by how much they leak, before any attack.
     """
     from tempfile import TemporaryDirectory
 
@@ -72,6 +73,8 @@ def floor(
             by_name("experiments.engines").run_in_process(trained, target, on_round=say_round)
             lines = _floor_lines(target, experiment, method, seconds, db, rv)
     _print_floors(lines, sigmas, db)
+    if rv:
+        _print_ranking(lines, sigmas[0])
     if json_file is not None:
         write_json(json_file, finite(lines))
         typer.echo(f"floors: {json_file}")
@@ -193,3 +196,32 @@ def _print_floors(lines: list[dict[str, Any]], sigmas: list[float], db: float) -
         console.print(table)
         for note in dict.fromkeys(notes):
             typer.echo(f"  {note}")
+
+
+def _print_ranking(lines: list[dict[str, Any]], sigma: float) -> None:
+    """Which model and state leak most, as the report ranks them, from the RV that was stated and the floors."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedattack.report.bounds import predicted
+
+    found = predicted([line | {"floor": _with_stated_rv(line)} for line in lines], sigma)
+    if found is None:
+        typer.echo("ranking: needs two models or rounds with an RV or a floor of updates without a defense")
+        return
+    console = Console(width=None if sys.stdout.isatty() else 180, markup=False)
+    table = Table(title="Which model leaks most, by (b) (ranks in brackets)", title_justify="left")
+    for head in ("model and state", "updates", *found.heads):
+        table.add_column(head, justify="left" if head == "model and state" else "right", no_wrap=True)
+    for line in found.lines:
+        figures = (f"{figure.shown} ({figure.rank})" if figure.rank else figure.shown for figure in line.figures)
+        table.add_row(f"{line.case}, {line.about}", str(line.updates), *figures)
+    console.print(table)
+    typer.echo(f"  {found.note}")
+
+
+def _with_stated_rv(line: dict[str, Any]) -> dict[str, Any]:
+    """The floor with RV of the gradient, which is the one stated, in place of RV of what was sent."""
+    floor = {name: value for name, value in line["floor"].items() if name not in ("rv", "relative_rv", "rv_error")}
+    about = line["vulnerability"]
+    return floor | ({"rv": about["rv"], "relative_rv": about["rv_over_update_rms"]} if "rv" in about else {})

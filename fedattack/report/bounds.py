@@ -1,8 +1,11 @@
-"""What RV and the two bounds of fedattack.vulnerability say before any attack, beside what the attacks then reached."""
+"""What RV and the two bounds of fedattack.vulnerability say before any attack, beside what the attacks then reached.
+
+`ranking` is the report's, of attacked updates; `predicted` that of `fedattack floor`, where nothing was attacked yet.
+"""
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TypeVar
@@ -53,7 +56,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One state. figures: RV, relative RV, bound (b), measured. best: the attack behind the measured figure."""
+    """One state. figures: those of the ranking. best: the attack behind the measured figure, "–" where none was run."""
 
     case: str
     about: str
@@ -64,11 +67,15 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """States in the order of bound (b), most leaking first; correlations: of RV, relative RV and (b) with what was measured."""
+    """States in the order of bound (b), most leaking first; correlations: of RV, relative RV and (b) with what was measured.
 
+    heads: names of the figures.
+    """
+
+    heads: tuple[str, ...]
     lines: tuple[Line, ...]
     note: str
-    correlations: tuple[str, ...]
+    correlations: tuple[str, ...] = ()
 
 
 # ------------------------------------------------------------------------------------------------ curves
@@ -173,11 +180,7 @@ def ranking(rows: Sequence[Row]) -> Ranking | None:
     PSNR means. Where there are none, they are of updates without a defense, (b) at noise of a hundredth of the update's root
     mean square. A (b) of floors that are known from one side only ("≤") has no rank.
     """
-    states = {
-        state: members
-        for state, members in _by_state(rows).items()
-        if any(_positive(floor, "rms_per_sigma") or _positive(floor, "rv") for floor in _floors(members).values())
-    }
+    states = _known(rows)
     if len(states) < 2:
         return None
     noisy = {summary.defense_of(row) for row in rows if _positive(_floor(row), "noise_std")}  # where a floor is known
@@ -185,14 +188,7 @@ def ranking(rows: Sequence[Row]) -> Ranking | None:
     under = shared or {"none"}
     raw = {state: _figures(members, under, bool(shared)) for state, members in states.items()}
     used = {state: _under(members, under) for state, members in states.items()}
-    at_most = [any(map(_at_least, floors)) for floors in used.values()]
-    columns = [_ranked([found[0][i] for found in raw.values()], at_most if i == BOUND else ()) for i in range(4)]
-    lines = []
-    for place, ((case, round_), (_, best)) in enumerate(raw.items()):
-        members = states[case, round_]
-        figures = tuple(column[place] for column in columns)
-        lines.append(Line(case, _training(members[0], round_), len(used[case, round_]), figures, best))
-    lines.sort(key=lambda line: line.figures[BOUND].rank or len(raw) + 1)
+    columns = _columns([figures for figures, _ in raw.values()], list(used.values()), {BOUND})
     labels = ", ".join(summary.defense_label(defense) for defense in sorted(under))
     if shared:
         told = f"All are of updates under {labels}."
@@ -201,21 +197,95 @@ def ranking(rows: Sequence[Row]) -> Ranking | None:
             "No defense adds noise in all of them: all are of updates without a defense, "
             "(b) at σ of a hundredth of the update's root mean square."
         )
-    note = (
-        f"{told} RV is the largest of the updates, (b) and measured, the best attack's PSNR, are means. "
-        "−∞: the update tells nothing of some directions of the image."
-    )
-    if any(at_most):
-        note += " ≤: floors that are known from one side only, which are not ranked."
-    if uncounted := sum(_uncounted(floor) for floors in used.values() for floor in floors):
-        note += f" Directions that are not told were not counted for {summary.count(uncounted, 'update')}."
+    note = f"{told} RV is the largest of the updates, (b) and measured, the best attack's PSNR, are means. "
+    note += _provisos(list(used.values()))
     correlations = []
     for i, name in enumerate(RANKED):
         pairs = [(a.value, b.value) for a, b in zip(columns[i], columns[3], strict=True)]
         if words := _spearman(pairs):
             known = sum(None not in pair for pair in pairs)
             correlations.append(f"{name} {words}" + (f" over {known} of them" if known < len(pairs) else ""))
-    return Ranking(tuple(lines), note, tuple(correlations))
+    best = [name for _, name in raw.values()]
+    return Ranking((*RANKED, "measured"), _lines(states, used, columns, BOUND, best), note, tuple(correlations))
+
+
+def predicted(rows: Sequence[Row], sigma: float) -> Ranking | None:
+    """Two states and more by RV and both bounds at noise σ, nothing being attacked; None for fewer.
+
+    Of updates without a defense, or where a state has none of these, of those that only noise was added to: it is no part of
+    the Jacobian. States whose updates were all clipped or otherwise changed are left out.
+    """
+    everything = _by_state(rows)
+    clean = {state: list(_floors(_unchanged(members)).values()) for state, members in _known(rows).items()}
+    used = {state: floors for state, floors in clean.items() if floors}
+    if len(used) < 2:
+        return None
+    columns = _columns([_predicted(floors, sigma) for floors in used.values()], list(used.values()), {3, 4})
+    at = f"σ={sigma:g}"
+    heads = ("largest RV", "RV / update rms", f"(a) at {at}, dB", "(b) at 1 % of rms, dB", f"(b) at {at}, dB")
+    note = (
+        f"Before any attack, at the true images of {summary.count(sum(map(len, used.values())), 'update')} without a defense: "
+        "RV = ‖∂gradient/∂images‖_F, the largest over a state's updates, and the PSNR that noise σ on every coordinate leaves "
+        "by (a) σ/RV, at that RV, and by (b) Cramér-Rao, the mean over the updates; the highest leaks most. "
+    )
+    note += _provisos(list(used.values()))
+    if out := len(everything) - len(used):
+        note += f" Left out: {summary.count(out, 'state')} without a figure, or whose updates were changed by more than noise."
+    return Ranking(heads, _lines({state: everything[state] for state in used}, used, columns, 4), note)
+
+
+def _known(rows: Sequence[Row]) -> dict[State, list[Row]]:
+    """Rows by state, of the states that have RV or (b)."""
+    return {
+        state: members
+        for state, members in _by_state(rows).items()
+        if any(_positive(floor, "rms_per_sigma") or _positive(floor, "rv") for floor in _floors(members).values())
+    }
+
+
+def _unchanged(rows: Sequence[Row]) -> list[Row]:
+    """Those without a defense, else those under noise alone."""
+    return [row for row in rows if summary.defense_of(row) == "none"] or by_clipping(rows).get("none", [])
+
+
+def _columns(
+    values: Sequence[Sequence[float | None]], used: Sequence[Sequence[Floor]], bounds: Container[int]
+) -> list[list[Figure]]:
+    """Figures by column, ranked, from those of every state; bounds: the columns that floors known from one side leave open."""
+    at_most = [any(map(_at_least, floors)) for floors in used]
+    return [_ranked(column, at_most if i in bounds else ()) for i, column in enumerate(zip(*values, strict=True))]
+
+
+def _lines(
+    states: Mapping[State, Sequence[Row]],
+    used: Mapping[State, Sequence[Floor]],
+    columns: Sequence[Sequence[Figure]],
+    by: int,
+    best: Sequence[str] = (),
+) -> tuple[Line, ...]:
+    """One line a state, sorted by one of the columns; those without a rank there come last."""
+    lines = [
+        Line(
+            case,
+            _training(members[0], round_),
+            len(used[case, round_]),
+            tuple(column[place] for column in columns),
+            best[place] if best else "–",
+        )
+        for place, ((case, round_), members) in enumerate(states.items())
+    ]
+    return tuple(sorted(lines, key=lambda line: line.figures[by].rank or len(lines) + 1))
+
+
+def _provisos(used: Sequence[Sequence[Floor]]) -> str:
+    """What signs in a ranking mean, and what is not known of its floors."""
+    floors = [floor for of_state in used for floor in of_state]
+    note = "−∞: the update tells nothing of some directions of the image."
+    if any(map(_at_least, floors)):
+        note += " ≤: floors that are known from one side only, which are not ranked."
+    if uncounted := sum(map(_uncounted, floors)):
+        note += f" Directions that are not told were not counted for {summary.count(uncounted, 'update')}."
+    return note
 
 
 def _training(row: Row, round_: str) -> str:
@@ -230,9 +300,6 @@ def _training(row: Row, round_: str) -> str:
 def _figures(rows: Sequence[Row], under: set[str], noisy: bool) -> tuple[tuple[float | None, ...], str]:
     """The largest RV and relative RV, mean (b), measured, all of the defenses `under`; and the best attack by name."""
     floors = _under(rows, under)
-    rv = [value for floor in floors if (value := _positive(floor, "rv"))]
-    relative = [value for floor in floors if (value := _positive(floor, "relative_rv"))]
-    bounds = [bound for floor in floors if (bound := _bound(floor, noisy)) is not None]
     attacks: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         if summary.is_ok(row) and not summary.is_baseline(row) and summary.defense_of(row) in under:
@@ -244,18 +311,41 @@ def _figures(rows: Sequence[Row], under: set[str], noisy: bool) -> tuple[tuple[f
         if set(by_defense) == under and all(by_defense.values())
     }
     best = max(means, key=lambda attack: means[attack], default="")
-    figures = (max(rv, default=None), max(relative, default=None), fmean(bounds) if bounds else None, means.get(best))
-    return figures, best or "–"
+    bound = _mean_bound(floors, lambda floor: _positive(floor, "noise_std") if noisy else _hundredth(floor))
+    return (_largest(floors, "rv"), _largest(floors, "relative_rv"), bound, means.get(best)), best or "–"
+
+
+def _predicted(floors: Sequence[Floor], sigma: float) -> tuple[float | None, ...]:
+    """The largest RV and relative RV, (a) at σ and that RV, mean (b) at a hundredth of the update's rms and at σ."""
+    rv = _largest(floors, "rv")
+    fitted = None if rv is None else psnr_of(overfitting_bound(sigma, rv))
+    bounds = _mean_bound(floors, _hundredth), _mean_bound(floors, lambda _: sigma)
+    return rv, _largest(floors, "relative_rv"), fitted, *bounds
+
+
+def _largest(floors: Iterable[Floor], name: str) -> float | None:
+    return max((value for floor in floors if (value := _positive(floor, name))), default=None)
+
+
+def _mean_bound(floors: Iterable[Floor], noise: Callable[[Floor], float | None]) -> float | None:
+    """(b) in dB at each floor's noise, the mean over those that have it."""
+    bounds = [bound for floor in floors if (bound := _bound(floor, noise(floor))) is not None]
+    return fmean(bounds) if bounds else None
+
+
+def _hundredth(floor: Floor) -> float | None:
+    """σ of a hundredth of the update's root mean square."""
+    rms = _positive(floor, "update_rms")
+    return 0.01 * rms if rms else None
 
 
 def _under(rows: Iterable[Row], under: set[str]) -> list[Floor]:
     return [floor for floor in _floors(rows).values() if floor["defense"] in under]
 
 
-def _bound(floor: Floor, noisy: bool) -> float | None:
-    """(b) in dB at the defense's noise, or at a hundredth of the update's rms; −inf where directions are hidden."""
-    scale, rms = _positive(floor, "rms_per_sigma"), _positive(floor, "update_rms")
-    sigma = _positive(floor, "noise_std") if noisy else 0.01 * rms if rms else None
+def _bound(floor: Floor, sigma: float | None) -> float | None:
+    """(b) in dB at noise σ; −inf where directions are hidden."""
+    scale = _positive(floor, "rms_per_sigma")
     if scale is None or not sigma:
         return None
     return -math.inf if _number(floor, "hidden") else psnr_of(cramer_rao_bound(sigma, scale))

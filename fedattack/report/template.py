@@ -367,7 +367,8 @@ is what prior, bias or the range [0, 1] are worth. (a) is never below (b).</p>
 </section>
 
 <section id="way"><h2>{{ titles.way }}</h2>
-<p class="soft">Images that an attack kept of its way, compared with the truth afterwards: the mean over all images of all its jobs. Where PSNR falls while the distance to the
+<p class="soft">Images that an attack kept of its way, compared with the truth afterwards: the mean over all images of all its jobs. An attack keeps images of a few steps
+only: each chart says how many its metric was taken at, while the attack's own distance is drawn from its whole record. LPIPS is better low, PSNR and SSIM high. Where PSNR falls while the distance to the
 update still does, the attack fits the noise. The best step is known to the auditor, never to the attack, so its PSNR is no result.</p>
 {% if not ways %}<p class="note">No attack kept images of its way.</p>{% endif %}
 {% for case, blocks in ways %}

@@ -1,7 +1,8 @@
 """How good an attack's images were along its way, beside the distance that it saw itself."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 
 from fedattack.report import summary
@@ -50,37 +51,71 @@ def ways(rows: Sequence[Row]) -> list[tuple[str, list[Way]]]:
 
 
 def _way(case: str, title: str, by_defense: Mapping[str, list[Row]], colours: Mapping[str, int]) -> Way:
-    quality, distance, peaks = [], [], []
+    peaks = []
     for defense, members in by_defense.items():
-        if not (curve := _mean([psnr_on_the_way(row) for row in members])):
-            continue
-        name = summary.defense_label(defense)
-        quality.append(Series(name, curve, colours[defense], "line"))
-        distance.append(Series(name, _mean([loss_points(row) for row in members]), colours[defense], "line"))
-        step, best = max(curve, key=lambda point: point[1])
-        peaks.append(Peak(defense, len(members), round(step), round(curve[-1][0]), best, curve[-1][1]))
+        if curve := _mean([psnr_on_the_way(row) for row in members]):
+            step, best = max(curve, key=lambda point: point[1])
+            peaks.append(Peak(defense, len(members), round(step), round(curve[-1][0]), best, curve[-1][1]))
     names = legend([(summary.defense_label(defense), colours[defense]) for defense in by_defense])
-    jobs = f"mean of {summary.count(sum(len(members) for members in by_defense.values()), 'job')}"
-    drawn = (
-        ("PSNR, dB", line_chart(quality, title=f"PSNR of {title}, {case}", x_label="step", y_label="PSNR, dB")),
-        (
-            "Own distance",
-            line_chart(distance, title=f"Distance of {title}, {case}", x_label="step", y_label="distance", log=True),
-        ),
-    )
-    return Way(title, tuple(Chart(what, jobs, svg, names) for what, svg in drawn if svg), tuple(peaks))
+    nets = dict.fromkeys(net for members in by_defense.values() for row in members for net in _lpips(row))
+    metrics: list[tuple[str, str, Callable[[Row], Points]]] = [("PSNR, dB", "PSNR", psnr_on_the_way)]
+    metrics += [("SSIM", "SSIM", lambda row: _scored(row, _way_of(row).get("ssim")))]
+    metrics += [(f"LPIPS ({net})", f"LPIPS ({net})", partial(_lpips_on_the_way, net=net)) for net in nets]
+    metrics += [("Own distance", "Distance", loss_points)]
+    charts = []
+    for label, what, points in metrics:
+        curves = {
+            defense: [found for row in members if (found := points(row))] for defense, members in by_defense.items()
+        }
+        series = [Series(summary.defense_label(d), _mean(found), colours[d], "line") for d, found in curves.items()]
+        own = points is loss_points
+        svg = line_chart(
+            series,
+            title=f"{what} of {title}, {case}",
+            x_label="step",
+            y_label="distance" if own else label,
+            log=own,
+        )
+        if svg:
+            note = f"mean of {summary.count(sum(map(len, curves.values())), 'job')}" + ("" if own else _taken(series))
+            charts.append(Chart(label, note, svg, names))
+    return Way(title, tuple(charts), tuple(peaks))
+
+
+def _taken(series: Sequence[Series]) -> str:
+    """At how many steps of the way a metric was taken."""
+    counts = sorted({len(one.points) for one in series if one.points})
+    last = max(one.points[-1][0] for one in series if one.points)
+    several = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    return f", taken at {several} of the steps up to {last:,.0f}"
 
 
 def psnr_on_the_way(row: Row) -> Points:
     """(step, mean PSNR of the row's images there); () where the row has none."""
+    return _scored(row, _way_of(row).get("psnr_db"))
+
+
+def _lpips_on_the_way(row: Row, net: str) -> Points:
+    return _scored(row, _lpips(row).get(net))
+
+
+def _way_of(row: Row) -> Mapping[str, object]:
     way = row.get("trajectory")
-    if not isinstance(way, Mapping):
-        return ()
-    steps, psnr = way.get("steps"), way.get("psnr_db")
-    if not isinstance(steps, list) or not isinstance(psnr, list) or len(steps) != len(psnr):
+    return way if isinstance(way, Mapping) else {}
+
+
+def _lpips(row: Row) -> Mapping[str, object]:
+    found = _way_of(row).get("lpips")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _scored(row: Row, scores: object) -> Points:
+    """(step, mean of the scores there), from a list of numbers for every kept step; () where they do not fit the steps."""
+    steps = _way_of(row).get("steps")
+    if not isinstance(steps, list) or not isinstance(scores, list) or len(steps) != len(scores):
         return ()
     points = []
-    for step, values in zip(steps, psnr, strict=True):
+    for step, values in zip(steps, scores, strict=True):
         listed = values if isinstance(values, list) else []
         figures = [number for value in listed if (number := summary.number(value)) is not None]
         if (place := summary.number(step)) is not None and figures:

@@ -241,6 +241,8 @@ def test_the_way_is_scored_and_shown(finished):
             assert psnr == pytest.approx(psnr_db(images, truth).tolist())
         assert all((run.path / path).is_file() for path in way["images"])
     assert "image 1 on its way, by step" in page
+    assert ">PSNR, dB<small>mean of 3 jobs, taken at 5 of the steps up to 4</small>" in page
+    assert (">SSIM<small>mean of" in page) == any("ssim" in row.get("trajectory", {}) for row in rows)
 
 
 @pytest.mark.parametrize(
