@@ -14,6 +14,7 @@ ATTACKS: dict[str, str] = {
     "invg-dm": "attacks.gidm_baselines:InvGdm",
     "gg-cdm": "attacks.gg_cdm:GGCDM",
     "user-level": "attacks.user_level:UserLevel",
+    "timestep-leak": "attacks.timestep_leak:TimestepLeak",
     "second-order": "attacks.second_order:SecondOrder",
     "gaussian-map": "attacks.gaussian_map:GaussianMAP",
     "cocktail-party": "attacks.cocktail_party:CocktailParty",

@@ -30,6 +30,8 @@ LPIPS_MIN_SIDE = {"alex": 31, "squeeze": 17, "vgg": 16}
 
 LPIPS_CHUNK = 64
 
+NO_IMAGES = "the attack finds timesteps and makes no images"
+
 
 # ------------------------------------------------------------------------------------------------ one number per image
 def mse(reconstruction: Tensor, truth: Tensor) -> Tensor:
@@ -116,10 +118,23 @@ def label_accuracy(estimated: Tensor, truth: Tensor) -> float:
     trace in a gradient. One estimate counts for one true label, and where there are more estimates than true labels the
     fraction is that of the estimates.
     """
-    guesses, labels = Counter(estimated.flatten().tolist()), Counter(truth.flatten().tolist())
-    if not labels:
-        raise NotApplicable("there are no true labels to compare with")
-    return (guesses & labels).total() / max(guesses.total(), labels.total())
+    return _found_of(estimated, truth, "labels")
+
+
+def timestep_accuracy(estimated: Tensor, truth: Tensor) -> float:
+    """Fraction of the true timesteps of a diffusion client (those of all its local steps) that were found, in [0, 1].
+
+    As multisets, which is how `label_accuracy` counts: which image a timestep belonged to does not matter. A miss by one
+    counts as a miss.
+    """
+    return _found_of(estimated, truth, "timesteps")
+
+
+def _found_of(estimated: Tensor, truth: Tensor, what: str) -> float:
+    guesses, wanted = Counter(estimated.flatten().tolist()), Counter(truth.flatten().tolist())
+    if not wanted:
+        raise NotApplicable(f"there are no true {what} to compare with")
+    return (guesses & wanted).total() / max(guesses.total(), wanted.total())
 
 
 # ------------------------------------------------------------------------------------------------ matching
@@ -154,7 +169,8 @@ class Scores:
     """All numbers of one reconstruction. Per-image tuples follow the truth's order, None where it has no counterpart.
 
     A metric that could not be computed is None (or not in `lpips`) and its reason is in `missing`, under "psnr_db",
-    "mse", "ssim", "lpips-<net>" or "label_accuracy". `missing["images"]` counts true images without a counterpart.
+    "mse", "ssim", "lpips-<net>", "label_accuracy" or "timestep_accuracy"; the last is in no row of a task without timesteps.
+    `missing["images"]` counts true images without a counterpart, or says that the attack makes no images.
 
     One image that stands for a batch is compared with every true image: `assignment` is 0 throughout, nothing is selected.
     `representative` (None for all other reconstructions) then holds `nearest`, the index of the true image of least MSE,
@@ -169,11 +185,15 @@ class Scores:
     assignment: tuple[int, ...]
     missing: dict[str, str] = field(default_factory=dict)
     representative: dict[str, float] | None = None
+    timestep_accuracy: float | None = None
 
     def as_row(self) -> dict[str, Any]:
-        """The fields of a result row, ready for JSON; `representative` only where there is one."""
+        """The fields of a result row, ready for JSON; those of some tasks and attacks only where they say something."""
         row = asdict(self)
-        return row if self.representative is not None else {key: row[key] for key in row if key != "representative"}
+        silent = {name for name in ("representative", "timestep_accuracy") if row[name] is None}
+        if "timestep_accuracy" in self.missing:
+            silent -= {"timestep_accuracy"}
+        return {key: row[key] for key in row if key not in silent}
 
 
 def score(
@@ -181,12 +201,14 @@ def score(
     truth_images: Tensor,
     truth_labels: Tensor | None,
     *,
+    truth_timesteps: Tensor | None = None,
     lpips_nets: Sequence[str] = ("squeeze",),
 ) -> Scores:
     """Match the reconstruction (R,C,H,W) to the truth (B,C,H,W) and compute every metric that can be computed.
 
-    Raises FedattackError for pixels that are not finite or not in [0, 1], and for images of another shape: such a
-    reconstruction breaks the attack's contract, and no number would mean anything.
+    truth_timesteps: those of all local steps of a diffusion client. Raises FedattackError for pixels that are not finite or not
+    in [0, 1], and for images of another shape: such a reconstruction breaks the attack's contract, and no number would mean
+    anything.
     """
     images, truth = _checked("reconstruction", reconstruction.images), _checked("truth", truth_images)
     if one_for_all := reconstruction.represents == "user":
@@ -196,14 +218,18 @@ def score(
         assignment = torch.zeros(len(truth), dtype=torch.int64)
     else:
         assignment = match_batch(images, truth)
-    found = (assignment >= 0).nonzero().flatten()
     missing: dict[str, str] = {}
-    if len(found) < len(truth):
+    if placeholders := reconstruction.represents == "timesteps":
+        assignment = torch.full_like(assignment, -1)
+    found = (assignment >= 0).nonzero().flatten()
+    if placeholders:
+        missing["images"] = NO_IMAGES
+    elif len(found) < len(truth):
         missing["images"] = f"{len(truth) - len(found)} of {len(truth)} true images have no reconstruction"
 
     def per_image(name: str, metric: Callable[[Tensor, Tensor], Tensor]) -> PerImage | None:
         if len(found) == 0:
-            missing[name] = "there is no pair of images to compare"
+            missing[name] = NO_IMAGES if placeholders else "there is no pair of images to compare"
             return None
         try:
             values = metric(images[assignment[found]], truth[found])
@@ -227,6 +253,12 @@ def score(
         missing["label_accuracy"] = "there are no true labels to compare with"
     else:
         accuracy = label_accuracy(reconstruction.labels, truth_labels)
+    timesteps = None
+    if truth_timesteps is not None and len(truth_timesteps):
+        if reconstruction.timesteps is None:
+            missing["timestep_accuracy"] = "the attack estimates no timesteps"
+        else:
+            timesteps = timestep_accuracy(reconstruction.timesteps, truth_timesteps)
     perceptual = {net: per_image(f"lpips-{net}", lambda a, b, net=net: lpips(a, b, net)) for net in lpips_nets}  # type: ignore[misc]
     return Scores(
         mse=per_image("mse", mse),
@@ -237,6 +269,7 @@ def score(
         assignment=tuple(assignment.tolist()),
         missing=missing,
         representative=_representative(images, truth) if one_for_all and len(truth) else None,
+        timestep_accuracy=timesteps,
     )
 
 

@@ -51,7 +51,7 @@ from fedattack.data import ImageData, Splits, load_dataset, with_label
 from fedattack.data.resize import fit
 from fedattack.errors import FedattackError, MissingDependency, NotApplicable, must
 from fedattack.jobs import reconstruction_path, torch_threads
-from fedattack.metrics import matched_images
+from fedattack.metrics import NO_IMAGES, matched_images
 from fedattack.provenance import copies
 from fedattack.recognition_probes import (
     BEST,
@@ -120,6 +120,9 @@ class Recognitions:
             return {}
         if witnessed is None:
             reasons = {f"recognise {task}": NO_TRUTH for task in self._tasks}
+            return {"recognised": {}, "missing": {**row.get("missing", {}), **reasons}}
+        if row.get("represents") == "timesteps":
+            reasons = {f"recognise {task}": NO_IMAGES for task in self._tasks}
             return {"recognised": {}, "missing": {**row.get("missing", {}), **reasons}}
         if images is None:
             images = load_reconstruction(reconstruction_path(self._run.results, row["job"])).images

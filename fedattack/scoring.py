@@ -155,8 +155,10 @@ def _attack_row(
                 row["trajectory"] = _along_the_way(run, job_name, found, row["assignment"], truth["images"], lpips)
         if truth is not None and (shared := overlap(truth["images"], str(job.knowledge.get("prior", "")))):
             row["prior_overlap"] = shared
-        if "labels" in row["oracles"]:
-            row |= {"label_accuracy": None, "missing": row["missing"] | {"label_accuracy": "the labels were given"}}
+        for given, accuracy in (("labels", "label_accuracy"), ("timesteps", "timestep_accuracy")):
+            if given in row["oracles"]:
+                row.pop(f"{given}_found", None)
+                row |= {accuracy: None, "missing": row["missing"] | {accuracy: f"the {given} were given"}}
     if not any(metric.startswith("lpips") for metric in row.get("missing", {})):  # a backbone may appear later
         write_json(kept, finite(row))
     return row
@@ -196,11 +198,13 @@ def _baseline_rows(
 def _scored(
     run: RunFolder, job: str, found: Reconstruction, truth: dict[str, Tensor] | None, lpips: Sequence[str]
 ) -> Row:
+    said: Row = {} if found.timesteps is None else {"timesteps_found": found.timesteps.tolist()}
     if truth is None:
-        pictures = _pictures(run, job, list(found.images))
-        return {
-            "missing": dict.fromkeys(("psnr_db", "ssim", "mse", "lpips"), NO_TRUTH),
-            "images": {"reconstruction": pictures},
+        unknown = ("psnr_db", "ssim", "mse", "lpips", *(("timestep_accuracy",) if said else ()))
+        shown = [] if found.represents == "timesteps" else list(found.images)
+        return said | {
+            "missing": dict.fromkeys(unknown, NO_TRUTH),
+            "images": {"reconstruction": _pictures(run, job, shown)},
         }
     images = truth["images"]
     expected = 1 if found.represents == "user" else len(images)
@@ -209,16 +213,16 @@ def _scored(
         counts += " that one image should represent" if found.represents == "user" else ""
         return {"status": "failed", "error": f"the attack returned {counts}: scores would flatter it", "missing": {}}
     try:
-        scores = score(found, images, truth.get("labels"), lpips_nets=tuple(lpips))
+        labels, timesteps = truth.get("labels"), truth.get("timesteps")
+        scores = score(found, images, labels, truth_timesteps=timesteps, lpips_nets=tuple(lpips))
     except FedattackError as error:
         return {"status": "failed", "error": f"result cannot be scored: {error}", "missing": {}}
     shown = [found.images[0]] if found.represents == "user" else matched_images(found.images, scores.assignment)
-    return scores.as_row() | {
-        "images": {
-            "truth": _pictures(run, _truth_name(job), list(images)),
-            "reconstruction": _pictures(run, job, shown),
-        }
+    pictures = {
+        "truth": _pictures(run, _truth_name(job), list(images)),
+        "reconstruction": _pictures(run, job, shown),
     }
+    return said | scores.as_row() | {"images": pictures}
 
 
 def _malformed(found: Reconstruction) -> str:

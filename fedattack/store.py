@@ -19,7 +19,7 @@ from torch import Tensor
 from fedattack.errors import FedattackError, MalformedUpdate, must
 from fedattack.types import Reconstruction, Update
 
-_TENSOR_FIELDS = ("labels", "timesteps", "noise", "trajectory")
+_TENSOR_FIELDS = ("labels", "timesteps", "timestep_posterior", "noise", "trajectory")
 
 
 # ------------------------------------------------------------------------------------------------ plain files
@@ -206,6 +206,7 @@ def load_reconstruction(path: Path) -> Reconstruction:
         images=tensors["images"],
         labels=tensors.get("labels"),
         timesteps=tensors.get("timesteps"),
+        timestep_posterior=tensors.get("timestep_posterior"),
         noise=tensors.get("noise"),
         trajectory=tensors.get("trajectory"),
         trajectory_steps=tuple(about.get("trajectory_steps", ())),

@@ -21,7 +21,7 @@ Private = Mapping[str, Tensor]
 
 UpdateKind = Literal["gradient", "weights"]
 
-Represents = Literal["images", "user"]
+Represents = Literal["images", "user", "timesteps"]
 
 Progress = Callable[[int, int, float], None]
 """Called as progress(iteration, iterations, loss). It may raise to stop the attack."""
@@ -96,7 +96,9 @@ class Reconstruction:
     """What an attack found. images (B,C,H,W) in [0, 1]; the others are the attack's own estimates or None.
 
     `losses` is the attack's own loss along its best run, `diagnostics` plain numbers that say how much to believe it.
-    represents: "images", one for each true image of the batch; "user", exactly one image that stands for the whole batch.
+    represents: "images", one for each true image of the batch; "user", exactly one image that stands for the whole batch;
+    "timesteps", the timesteps alone were looked for, the images are a placeholder for each true one and are not scored.
+    timestep_posterior (K,T): the probability of every t for each of `timesteps` (K,).
     trajectory (S,B,C,H,W) in [0, 1]: the images at a few steps of the way, the last of them the result; trajectory_steps: at
     which, counted as `losses` are.
     """
@@ -110,6 +112,7 @@ class Reconstruction:
     seconds: float = 0.0
     diagnostics: dict[str, float] = field(default_factory=dict)
     represents: Represents = "images"
+    timestep_posterior: Tensor | None = None
     trajectory: Tensor | None = None
     trajectory_steps: tuple[int, ...] = ()
 

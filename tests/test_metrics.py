@@ -103,6 +103,46 @@ def test_matching_with_fewer_and_with_more_images() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ score
+@pytest.mark.parametrize(
+    ("estimated", "truth", "expected"),
+    [
+        ([7], [7], 1.0),
+        ([7], [8], 0.0),
+        ([3, 900, 41, 41], [41, 3, 41, 900], 1.0),
+        ([3, 41, 41, 41], [41, 3, 41, 900], 0.75),
+        ([41], [41, 3, 900, 41], 0.25),
+        ([1, 2, 3, 4], [4], 0.25),
+    ],
+)
+def test_timestep_accuracy_compares_multisets(estimated: list[int], truth: list[int], expected: float) -> None:
+    assert metrics.timestep_accuracy(torch.tensor(estimated), torch.tensor(truth)) == pytest.approx(expected)
+    with pytest.raises(NotApplicable, match="no true timesteps"):
+        metrics.timestep_accuracy(torch.tensor(estimated), torch.tensor([]))
+
+
+def test_timesteps_are_scored_where_there_are_some() -> None:
+    truth, drawn = images(2, 9), torch.tensor([5, 70, 5, 8])  # two local steps of two images
+    found = Reconstruction(images=truth, timesteps=torch.tensor([5, 5, 8, 9]))
+    row = metrics.score(found, truth, None, truth_timesteps=drawn, lpips_nets=()).as_row()
+    assert row["timestep_accuracy"] == 0.75
+    silent = metrics.score(Reconstruction(images=truth), truth, None, truth_timesteps=drawn, lpips_nets=()).as_row()
+    assert silent["timestep_accuracy"] is None
+    assert silent["missing"]["timestep_accuracy"] == "the attack estimates no timesteps"
+    classifier = metrics.score(found, truth, None, lpips_nets=()).as_row()
+    assert "timestep_accuracy" not in {*classifier, *classifier["missing"]}
+
+
+def test_placeholders_are_not_scored() -> None:
+    truth = images(3, 9)
+    found = Reconstruction(images=truth, timesteps=torch.tensor([1, 2, 3]), represents="timesteps")
+    scores = metrics.score(found, truth, None, truth_timesteps=torch.tensor([3, 2, 1]), lpips_nets=("squeeze",))
+    assert (scores.psnr_db, scores.mse, scores.ssim, scores.lpips) == (None, None, None, {})
+    assert scores.assignment == (-1, -1, -1)
+    assert scores.timestep_accuracy == 1.0
+    names = ("images", "psnr_db", "mse", "ssim", "lpips-squeeze")
+    assert {scores.missing[name] for name in names} == {"the attack finds timesteps and makes no images"}
+
+
 def test_score_follows_the_truths_order() -> None:
     truth = images(3, 9)
     found = Reconstruction(images=(truth[[2, 0, 1]] * 0.5), labels=torch.tensor([5, 3, 4]))

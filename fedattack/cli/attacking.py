@@ -101,13 +101,17 @@ def attack(
             failed += 1
             continue
         found = load_reconstruction(reconstruction_path(results, job.job))
-        for number, image in enumerate(found.images):
+        pictures = found.images if found.represents != "timesteps" else ()
+        for number, image in enumerate(pictures):
             save_png(out / f"{job.job}-{number}.png", image)
-        typer.echo(f"{spec}: {len(found.images)} images in {found.seconds:.1f} s, loss {_last(found.losses)}, in {out}")
+        what = f"{len(pictures)} images" if len(pictures) or found.timesteps is None else "timesteps only"
+        typer.echo(f"{spec}: {what} in {found.seconds:.1f} s, loss {_last(found.losses)}, in {out}")
+        if found.timesteps is not None and knowledge.timesteps is None:
+            typer.echo(f"    t: {_listed(found.timesteps.tolist())}")
         if found.diagnostics:
             typer.echo("    " + ", ".join(f"{key} {value:.4g}" for key, value in found.diagnostics.items()))
         if truth is not None:
-            _print_scores(found, truth)
+            _print_scores(found, truth, given=knowledge.known())
     if failed:
         raise typer.Exit(1)
 
@@ -261,15 +265,23 @@ def _run_with_bar(run_job: Any, job: Any, results: Path) -> Any:
         )
 
 
-def _print_scores(found: Any, truth: Path) -> None:
+def _print_scores(found: Any, truth: Path, given: frozenset[str]) -> None:
     from fedattack.metrics import score
     from fedattack.store import read_tensors
 
     true = read_tensors(truth)[0]
-    scores = score(found, true["images"], true.get("labels"), lpips_nets=("squeeze",))
+    timesteps = None if "timesteps" in given else true.get("timesteps")
+    scores = score(found, true["images"], true.get("labels"), truth_timesteps=timesteps, lpips_nets=("squeeze",))
     for name, values in (("PSNR (dB)", scores.psnr_db), ("SSIM", scores.ssim), ("MSE", scores.mse)):
         if values:
             typer.echo(f"    {name}: " + ", ".join("–" if value is None else f"{value:.4g}" for value in values))
+    if scores.timestep_accuracy is not None:
+        typer.echo(f"    timesteps found: {100 * scores.timestep_accuracy:.0f} %")
+
+
+def _listed(values: list[int], most: int = 32) -> str:
+    more = f" and {len(values) - most} more" if len(values) > most else ""
+    return ", ".join(str(value) for value in values[:most]) + more
 
 
 def _last(losses: tuple[float, ...]) -> str:

@@ -80,6 +80,7 @@ def build_report(run: Path, *, targets: int = TARGETS, images: int = IMAGES) -> 
         "commas": lambda value: f"{value:,}",
         "defense": summary.defense_label,
         "labels": summary.label_text,
+        "timesteps": summary.timestep_text,
     }
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     page = environment.from_string(TEMPLATE).render(
@@ -228,6 +229,7 @@ def _tables(cells: Sequence[Cell], rows: Sequence[Row]) -> list[dict[str, Any]]:
         {
             "case": case,
             "nets": sorted({net for lines in blocks.values() for cell in lines for net in cell.lpips}),
+            "timesteps": summary.with_timesteps(cell for lines in blocks.values() for cell in lines),
             "blocks": [
                 {"defense": defense, "cells": lines, "facts": facts.get((case, defense), "")}
                 for defense, lines in blocks.items()
@@ -443,7 +445,7 @@ def _missing(rows: Iterable[Row]) -> list[dict[str, Any]]:
         missing = row.get("missing")
         if isinstance(missing, Mapping):
             for metric, reason in missing.items():
-                if metric == "label_accuracy" and summary.is_baseline(row):
+                if metric in ("label_accuracy", "timestep_accuracy") and summary.is_baseline(row):
                     continue
                 found.setdefault((summary.case_of(row), str(metric), str(reason)), []).append(summary.attack_of(row))
     return [

@@ -159,6 +159,8 @@ def _strip(row: Row, run: Path, shown: int, width: int, height: int, split: tupl
     if kind == "baseline":
         note = f"baseline {_parameters_of_control(row)}".strip()
         note = BASELINE_NOTES.get(label, note)
+    if is_ok(row) and text(row, "represents") == "timesteps":
+        return Strip(label, note, kind, (), _timesteps_alone(row))
     paths, psnr = _paths(row, "reconstruction"), per_image(row, "psnr_db")
     if not is_ok(row) or not paths:
         status = text(row, "status", "ok")
@@ -175,6 +177,12 @@ def _strip(row: Row, run: Path, shown: int, width: int, height: int, split: tupl
         caption = "PSNR missing" if value is None else f"{plain_number(value)} dB"
         frames.append(_frame(run, path, name, width, height, caption, value is not None and value >= EXACT_DB))
     return Strip(label, note, kind, tuple(frames))
+
+
+def _timesteps_alone(row: Row) -> str:
+    """What stands in the place of the pictures of an attack that looks for timesteps."""
+    accuracy = number(row.get("timestep_accuracy"))
+    return "timesteps only" if accuracy is None else f"timesteps only: {100 * accuracy:.0f} % found"
 
 
 def _one_for_all(row: Row, run: Path, path: str | None, spec: str, width: int, height: int) -> tuple[Frame, str]:

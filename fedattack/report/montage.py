@@ -55,7 +55,11 @@ def _lines(rows: Sequence[Row], columns: int) -> list[tuple[str, list[str | None
     """(label, picture paths, title of a new case or "") of every line: the truth of a case, then attack × defense."""
     groups: dict[str, dict[tuple[str, str], list[Row]]] = {}
     for row in rows:
-        if row.get("kind") == "attack" and (row.get("images") or {}).get("truth"):
+        if (
+            row.get("kind") == "attack"
+            and row.get("represents") != "timesteps"
+            and (row.get("images") or {}).get("truth")
+        ):
             key = (str(row.get("attack")), str(row.get("defense")))
             groups.setdefault(str(row.get("case")), {}).setdefault(key, []).append(row)
     lines: list[tuple[str, list[str | None], str]] = []

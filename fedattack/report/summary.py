@@ -238,8 +238,8 @@ class Cell:
 
     `gain_db` is the mean over images of PSNR minus that of `baseline` (the one of the highest mean PSNR) for the same
     truth. `verdicts` counts images by VERDICTS. `label_accuracy` is weighted by images; rows that were given the labels
-    do not count, and `labels_given` says that there were some. `seconds` is a mean per row, `seconds_per_step` a
-    quotient of sums.
+    do not count, and `labels_given` says that there were some. `timestep_accuracy` likewise, weighted by batch size.
+    `seconds` is a mean per row, `seconds_per_step` a quotient of sums.
     """
 
     case: str
@@ -264,6 +264,8 @@ class Cell:
     oracles: tuple[str, ...]
     floor: CellFloor | None = None
     control_of: tuple[str, ...] = ()
+    timestep_accuracy: float | None = None
+    timesteps_given: bool = False
 
     @property
     def jobs(self) -> int:
@@ -398,12 +400,10 @@ def _cell(key: tuple[str, str, str, str, bool], group: list[Row], baseline: str 
     nets = sorted({str(net) for row in good if isinstance(row.get("lpips"), Mapping) for net in row["lpips"]})
     lpips = {net: mean(every(f"lpips:{net}")) for net in nets}
     mse = every("mse")
-    given = ["labels" in names(row, "oracles") for row in good]
-    labels = [
-        (accuracy, max(1, len(per_image(row, "psnr_db"))))
-        for row, hidden in zip(good, given, strict=True)
-        if not hidden and (accuracy := number(row.get("label_accuracy"))) is not None
-    ]
+    labels, labels_given = _share_found(good, "labels", "label_accuracy", lambda row: len(per_image(row, "psnr_db")))
+    timesteps, timesteps_given = _share_found(
+        good, "timesteps", "timestep_accuracy", lambda row: number(row.get("batch_size")) or 1
+    )
     seconds = [value for row in good if (value := number(row.get("seconds"))) is not None]
     timed = [
         (duration, steps)
@@ -422,8 +422,8 @@ def _cell(key: tuple[str, str, str, str, bool], group: list[Row], baseline: str 
         lpips={net: value for net, value in lpips.items() if value is not None},
         mse_geometric=math.exp(statistics.fmean(math.log(max(v, 1e-20)) for v in mse)) if mse else None,
         mse_median=statistics.median(mse) if mse else None,
-        label_accuracy=sum(a * n for a, n in labels) / sum(n for _, n in labels) if labels else None,
-        labels_given=any(given),
+        label_accuracy=labels,
+        labels_given=labels_given,
         gain_db=mean(gains),
         baseline=baseline,
         baseline_db=mean([b for _, b in pairs if b is not None]),
@@ -433,7 +433,22 @@ def _cell(key: tuple[str, str, str, str, bool], group: list[Row], baseline: str 
         oracles=tuple(sorted({name for row in group for name in names(row, "oracles")})),
         floor=None if base else cell_floor(group),
         control_of=tuple(dict.fromkeys(name for row in group for name in names(row, "control_of"))),
+        timestep_accuracy=timesteps,
+        timesteps_given=timesteps_given,
     )
+
+
+def _share_found(
+    rows: Sequence[Row], oracle: str, metric: str, size: Callable[[Row], float]
+) -> tuple[float | None, bool]:
+    """Mean of a metric weighted by size, at least 1, over the rows that were not given the oracle; whether some were."""
+    given = [oracle in names(row, "oracles") for row in rows]
+    values = [
+        (value, max(1.0, size(row)))
+        for row, told in zip(rows, given, strict=True)
+        if not told and (value := number(row.get(metric))) is not None
+    ]
+    return sum(v * n for v, n in values) / sum(n for _, n in values) if values else None, any(given)
 
 
 # ------------------------------------------------------------------------------------------------ the headline
@@ -512,8 +527,11 @@ def markdown_table(rows: Sequence[Row]) -> str:
         "case", "defense", "attack", "images", "PSNR dB, mean ± std (min to max)", "over best baseline, dB", "SSIM",
         "LPIPS", "label accuracy", "exact", "floor, dB", "seconds",
     ]  # fmt: skip
+    cells = summarise(rows)
+    timed = with_timesteps(cells)
+    head[9:9] = ["timesteps found"] if timed else []
     lines = [head, ["---"] * 3 + ["---:"] * (len(head) - 3)]
-    for cell in summarise(rows):
+    for cell in cells:
         name = f"{cell.attack} ({cell.variant})" if cell.variant else cell.attack
         lines.append(
             [
@@ -526,6 +544,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
                 plain_number(cell.ssim, 3),
                 ", ".join(f"{net} {value:.3f}" for net, value in cell.lpips.items()) or "–",
                 label_text(cell),
+                *([timestep_text(cell)] if timed else []),
                 f"{cell.exact}/{cell.images}" if cell.images else "–",
                 cell.floor.words if cell.floor else "–",
                 plain_number(cell.seconds),
@@ -536,9 +555,23 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 def label_text(cell: Cell) -> str:
     """Label accuracy in percent; "given" where every row that has a number was given the labels."""
-    if cell.label_accuracy is not None:
-        return f"{100 * cell.label_accuracy:.0f} %"
-    return "given" if cell.labels_given else "–"
+    return _share_text(cell.label_accuracy, cell.labels_given)
+
+
+def timestep_text(cell: Cell) -> str:
+    """The same for the timesteps of diffusion clients."""
+    return _share_text(cell.timestep_accuracy, cell.timesteps_given)
+
+
+def with_timesteps(cells: Iterable[Cell]) -> bool:
+    """Whether a table of these cells has a column for the timesteps found: some attack looked for them."""
+    return any(cell.timestep_accuracy is not None for cell in cells)
+
+
+def _share_text(share: float | None, given: bool) -> str:
+    if share is not None:
+        return f"{100 * share:.0f} %"
+    return "given" if given else "–"
 
 
 def _spread_text(value: Spread | None) -> str:

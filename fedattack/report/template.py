@@ -257,16 +257,17 @@ picture is its PSNR. Shown are the first {{ caps.targets }} updates per case and
 <section id="numbers"><h2>{{ titles.numbers }}</h2>
 <p class="soft">Every figure is over all images of all jobs that gave a result, never the best ones. ± is the sample standard deviation. “Over baseline” is the
 mean difference to the best baseline on the same images. The MSE columns are the geometric mean and the median. “Given” labels were the attack's input, so no accuracy
-is stated. Baselines are in italics; nearest-public looks at the truth and is a strict bar.</p>
+is stated{% if tables|selectattr("timesteps")|list %}; the same holds for timesteps, which count as found whichever image they belong to{% endif %}. Baselines are in italics; nearest-public looks at the truth and is a strict bar.</p>
 {% if not tables %}<p class="note">There are no rows.</p>{% endif %}
 {% for table in tables %}
 <div class="scroll" tabindex="0" role="region" aria-label="Numbers of {{ table.case }}"><table class="numbers sortable"><caption>{{ table.case }}</caption>
 <thead><tr><th scope="col">Attack</th><th scope="col" class="n">Jobs</th><th scope="col" class="n">Images</th><th scope="col" class="n">PSNR, dB<small>mean ± std</small></th>
 <th scope="col" class="n">Min to max</th><th scope="col" class="n">Over<small>baseline, dB</small></th><th scope="col" class="n">SSIM</th>{% for net in table.nets %}<th scope="col" class="n">LPIPS<small>{{ net }}</small></th>{% endfor %}
-<th scope="col" class="n">MSE<small>geometric</small></th><th scope="col" class="n">MSE<small>median</small></th><th scope="col" class="n">Labels<small>found</small></th>
+<th scope="col" class="n">MSE<small>geometric</small></th><th scope="col" class="n">MSE<small>median</small></th><th scope="col" class="n">Labels<small>found</small></th>{% if table.timesteps %}<th scope="col" class="n">Timesteps<small>found</small></th>{% endif %}
+
 <th scope="col" class="n">Exact</th><th scope="col" class="n">Floor<small>dB</small></th><th scope="col" class="n">Time<small>seconds a job</small></th><th scope="col" class="n">Time<small>ms a step</small></th></tr></thead>
 {% for block in table.blocks %}
-<tbody><tr class="defense"><th scope="rowgroup" colspan="{{ 14 + table.nets|length }}">{{ block.defense|defense }}{% if block.facts %} <small>{{ block.facts }}</small>{% endif %}</th></tr>
+<tbody><tr class="defense"><th scope="rowgroup" colspan="{{ 14 + table.nets|length + table.timesteps }}">{{ block.defense|defense }}{% if block.facts %} <small>{{ block.facts }}</small>{% endif %}</th></tr>
 {% for cell in block.cells %}
 <tr{% if cell.baseline_kind %} class="base"{% endif %}><th scope="row" class="name">{{ attack_name(cell) }}</th>
 {{ sortcell(cell.jobs, cell.jobs if not cell.failed_jobs else "%d of %d"|format(cell.jobs - cell.failed_jobs, cell.jobs)) }}
@@ -284,6 +285,8 @@ is stated. Baselines are in italics; nearest-public looks at the truth and is a 
 {{ sortcell(cell.mse_geometric, cell.mse_geometric|small) }}
 {{ sortcell(cell.mse_median, cell.mse_median|small) }}
 {{ sortcell(cell.label_accuracy, cell|labels) }}
+{% if table.timesteps %}{{ sortcell(cell.timestep_accuracy, cell|timesteps) }}{% endif %}
+
 {{ sortcell(cell.exact if cell.images else none, "%d of %d"|format(cell.exact, cell.images) if cell.images else "–") }}
 {{ sortcell(cell.floor.psnr_db.mean if cell.floor and cell.floor.psnr_db else none, cell.floor.words if cell.floor else "–") }}
 {{ sortcell(cell.seconds, cell.seconds|small) }}

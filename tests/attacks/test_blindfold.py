@@ -3,6 +3,9 @@
 Every registered attack climbs the same ladder of victims and settings until one of them lets it see A clearly. On every
 rung that it tried, its pictures must be no better on B's image than the mean public image is: only a leak of the truth,
 or of B, could make them so.
+
+An attack that says it makes no images sees A where it finds the timesteps that A's client drew, and must show the mean public
+image itself.
 """
 
 import ctypes
@@ -30,7 +33,7 @@ from fedattack.registry import ATTACKS
 from fedattack.seeding import derive_generator
 from fedattack.store import FederationFolder, load_reconstruction, save_update, write_tensors
 from fedattack.tasks import batch_indices
-from fedattack.types import Attack, Knowledge, Reconstruction, Update
+from fedattack.types import Attack, Knowledge, Private, Reconstruction, Update
 
 CLEARLY_DB = 6.0
 """How much better than the mean image "sees A" is; a fourfold smaller error."""
@@ -42,13 +45,14 @@ PAIRS = 3
 # ------------------------------------------------------------------------------------------------ the ladder
 @dataclass(frozen=True, eq=False)
 class Rung:
-    """A victim, how long the attack may search, hyper-parameters where it has them, and oracles to give."""
+    """A victim, how long the attack may search, hyper-parameters where it has them, oracles to give, and the clients' seeds."""
 
     name: str
     case: Case
     most: int
     wanted: dict[str, Any] = field(default_factory=dict)
     oracles: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (5,) * PAIRS
 
 
 SMOOTH = Case("mlp", "mlp", {"hidden": (32,), "activation": "sigmoid"})
@@ -69,6 +73,7 @@ LADDER = [
     Rung("unet-oracles", DENOISER, 60, {**FEW, "learning_rate": 0.05}, ("noise", "timesteps")),
     Rung("unet-oracles-longer", DENOISER, 120, FEW, ("noise", "timesteps")),
     Rung("unet-oracles-longest", DENOISER, 300, {**GREY, "tv_weight": 0.01}, ("noise", "timesteps")),
+    Rung("unet-alone", DENOISER, 30, GREY, seeds=(5, 6, 7)),
 ]
 
 
@@ -98,18 +103,33 @@ def victims(patches: Any) -> tuple[Tensor, Tensor, Tensor]:
     return pixels[[a for a, _ in chosen]], pixels[[b for _, b in chosen]], public
 
 
-def climb(name: str, rung: Rung, image: Tensor, public: Tensor) -> Reconstruction:
+def draws_of(case: Case, image: Tensor, seed: int) -> Private:
+    """What the client with `image` draws privately."""
+    label, generator = torch.tensor([2]), derive_generator(seed, "client")
+    return case.build_task().draw(image[None].to(case.dtype), label, generator=generator)
+
+
+def gain_on_a(found: Reconstruction, a: Tensor, mean: Tensor, case: Case, seed: int) -> float:
+    """By how many dB A is better than the mean image is; all or nothing where timesteps are what the attack looks for."""
+    if found.represents == "timesteps":
+        assert torch.allclose(found.images, mean), "it makes no images, so there is nothing to show but the mean image"
+        assert found.timesteps is not None
+        truth = draws_of(case, a, seed).get("timesteps")
+        return CLEARLY_DB if truth is not None and torch.equal(found.timesteps, truth) else 0.0
+    return float(psnr_db(found.images, a[None])) - float(psnr_db(mean, a[None]))
+
+
+def climb(name: str, rung: Rung, image: Tensor, public: Tensor, seed: int) -> Reconstruction:
     """The attack on the update that the client with `image` sends."""
     case, restarts = rung.case, 2
     attack = cheap(name, most=rung.most, restarts=restarts, **rung.wanted)
     label = torch.tensor([2])
-    update = case.update(image[None], label, seed=5)
+    update = case.update(image[None], label, seed=seed)
     oracles: dict[str, Tensor] = {}
     if rung.oracles:
         if case.task not in attack.tasks:
             raise NotApplicable("another task")
-        task = case.build_task()
-        drawn = task.draw(image[None].to(case.dtype), label, generator=derive_generator(5, "client"))
+        drawn = draws_of(case, image, seed)
         oracles = {oracle: drawn[oracle] for oracle in rung.oracles}
     knowledge = facts(case, attack, public, **oracles)
     if "prior" in attack.needs:
@@ -128,12 +148,12 @@ def test_the_attack_sees_a_and_is_blind_to_b(name, patches):
     for rung in LADDER:
         gains: list[float] = []
         try:
-            for a, b in zip(images_a, images_b, strict=True):
-                found = climb(name, rung, a, public).images
-                on_b = float(psnr_db(found, b[None]))
+            for a, b, seed in zip(images_a, images_b, rung.seeds, strict=True):
+                found = climb(name, rung, a, public, seed)
+                on_b = float(psnr_db(found.images, b[None]))
                 mean_on_b = float(psnr_db(mean, b[None]))
                 assert on_b <= mean_on_b + TOLERANCE_DB, f"{name} on {rung.name} knows B: {on_b:.1f} dB"
-                gains.append(float(psnr_db(found, a[None])) - float(psnr_db(mean, a[None])))
+                gains.append(gain_on_a(found, a, mean, rung.case, seed))
                 if gains[-1] < CLEARLY_DB and sum(g < CLEARLY_DB for g in gains) * 2 > PAIRS:
                     break  # this rung is lost
         except NotApplicable as reason:
@@ -160,15 +180,20 @@ def test_the_images_make_a_fair_test(patches):
 def test_an_attack_that_peeks_is_caught(patches, monkeypatch):
     """The blindfold itself must be able to fail: the mean image is no attack, and B's image is no answer to A's update."""
     images_a, images_b, public = victims(patches)
-    answers: list[Callable[[Tensor], Tensor]] = [
-        lambda a: public.mean(0, keepdim=True),  # sees nothing
-        lambda a: images_b[[i for i in range(PAIRS) if torch.equal(images_a[i], a)]],  # knows B
+    mean = public.mean(0, keepdim=True)
+    wrong = {"timesteps": torch.tensor([20]), "represents": "timesteps"}  # of 0 … 19
+    answers: list[Callable[[Tensor], Reconstruction]] = [
+        lambda a: Reconstruction(mean),  # sees nothing
+        lambda a: Reconstruction(images_b[[i for i in range(PAIRS) if torch.equal(images_a[i], a)]]),  # knows B
+        lambda a: Reconstruction(mean, **wrong),  # sees no timesteps
+        lambda a: Reconstruction(a[None], **wrong),  # sees A, and says that it makes no images
     ]
-    for answer, complaint in zip(answers, ("on no rung", "knows B"), strict=True):
+    complaints = ("on no rung", "knows B", "on no rung", "nothing to show")
+    for answer, complaint in zip(answers, complaints, strict=True):
         monkeypatch.setattr(
             sys.modules[__name__],
             "climb",
-            lambda name, rung, image, public, answer=answer: Reconstruction(images=answer(image)),
+            lambda name, rung, image, public, seed, answer=answer: answer(image),
         )
         with pytest.raises(BaseException, match=complaint) as caught:
             test_the_attack_sees_a_and_is_blind_to_b("dlg", patches)

@@ -2,17 +2,21 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from experiments.campaign import load_run, run_campaign
+from fedattack.cli import app
 from fedattack.config import Experiment, parse_config
-from fedattack.jobs import Job, load_knowledge, outcome_path
-from fedattack.planning import jobs_of, plan_jobs
+from fedattack.jobs import Job, load_knowledge, outcome_path, reconstruction_path
+from fedattack.planning import jobs_of, plan_jobs, read_truth
 from fedattack.registry import STRATEGIES
+from fedattack.report import markdown_table
 from fedattack.scoring import score_run
-from fedattack.store import RunFolder, load_update, read_rows, save_update
+from fedattack.store import RunFolder, load_reconstruction, load_update, read_rows, save_update
 
 QUICK = {
     "name": "e2e",
@@ -340,6 +344,78 @@ def test_a_diffusion_federation_is_attacked_too(tmp_path, one_thread) -> None:
     for row in attacks(summary.run):
         assert row["status"] == "ok", row["error"]
         assert set(row["oracles"]) >= {"noise", "timesteps"}
+
+
+def test_timesteps_are_told_in_rows_report_and_on_the_command_line(tmp_path, one_thread) -> None:
+    """A batch of two: found without noise; the share stands beside every attack that says what t was."""
+    config = experiment(
+        data={"options": {"image_size": 8}},
+        model={"name": "unet", "options": {"block_out_channels": [16], "attention": [], "mid_attention": False}},
+        task={"name": "diffusion"},
+        federation={"clients": 2, "rounds": 1, "batch_size": 2},
+        score={"lpips": [], "floor": "off", "recognise": ["face"]},
+        attack=["timestep-leak", {"name": "inverting-gradients", "iterations": 2}],
+    )
+    summary = run_campaign(config, tmp_path / "run")
+    run = summary.run
+    rows = attacks(run)
+    assert [row["attack"] for row in rows] == ["timestep-leak", "inverting-gradients"] * 2
+    for row in rows:
+        truth = read_truth(run.federation(row["federation"]), next(iter(updates_of(run, row))))
+        assert row["timestep_accuracy"] == 1.0
+        assert sorted(row["timesteps_found"]) == sorted(truth["timesteps"].tolist())
+    leak = rows[0]
+    assert leak["psnr_db"] is None
+    assert leak["images"]["reconstruction"] == [None, None]
+    assert leak["diagnostics"]["exact"] == 1.0
+    assert leak["missing"]["recognise face"] == leak["missing"]["psnr_db"]
+    posterior = load_reconstruction(reconstruction_path(run.results, leak["job"])).timestep_posterior
+    assert posterior.argmax(1).tolist() == leak["timesteps_found"]
+    page = summary.report.read_text()
+    assert "timesteps only: 100 % found" in page
+    assert "Timesteps<small>found</small>" in page
+    table = markdown_table(read_rows(run.rows))
+    head, line = table.splitlines()[0].split(" | "), next(li for li in table.splitlines() if "timestep-leak" in li)
+    assert line.split(" | ")[head.index("timesteps found")] == "100 %"
+
+    update = next(iter(updates_of(run, leak)))
+    truth = run.federation(leak["federation"]).truth / update.name
+    command = ["attack", str(update), "-a", "timestep-leak", "-k", "batch_size=2", "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*command, "--truth", str(truth)])
+    assert done.exit_code == 0, done.output
+    assert "timestep-leak: timesteps only" in done.output
+    assert f"t: {', '.join(map(str, leak['timesteps_found']))}" in done.output
+    assert "timesteps found: 100 %" in done.output
+    assert not list((tmp_path / "out").glob("*.png"))
+    known = CliRunner().invoke(app, [*command, "-k", "timesteps=[1, 2]"])
+    assert known.exit_code == 1
+    assert "known already" in known.output
+
+
+def updates_of(run: RunFolder, row: dict) -> list[Path]:
+    return list(run.federation(row["federation"]).updates.glob(f"{row['client']}-round-{row['round']}.safetensors"))
+
+
+def test_given_timesteps_are_not_counted_and_classifiers_have_no_such_column(tmp_path, one_thread) -> None:
+    config = experiment(
+        data={"options": {"image_size": 8}},
+        model={"name": "unet", "options": {"block_out_channels": [8], "attention": [], "norm_num_groups": 4}},
+        task={"name": "diffusion"},
+        federation={"clients": 1, "rounds": 1},
+        threat={"model": "everything-known"},
+        attack=["timestep-leak", {"name": "inverting-gradients", "iterations": 2}],
+    )
+    run = run_campaign(config, tmp_path / "diffusion").run
+    leak, given = attacks(run)
+    assert leak["status"] == "not-applicable"
+    assert given["timestep_accuracy"] is None
+    assert given["missing"]["timestep_accuracy"] == "the timesteps were given"
+    assert "timesteps_found" not in given
+    assert "timesteps found" not in markdown_table(read_rows(run.rows))
+    classifier = run_campaign(experiment(), tmp_path / "classifier")
+    assert "imesteps<" not in classifier.report.read_text()
+    assert "timesteps found" not in markdown_table(read_rows(classifier.run.rows))
+    assert not any("timestep" in key for row in read_rows(classifier.run.rows) for key in {**row, **row["missing"]})
 
 
 def test_secure_aggregation_leaves_one_update_a_round(tmp_path, one_thread) -> None:
