@@ -57,13 +57,14 @@ def load_run(folder: Path) -> Experiment:
 
 
 def describe(experiment: Experiment) -> Sequence[str]:
-    """What a run will do, a line a federation."""
-    return [
+    """What a run will do, a line a federation and a figure."""
+    federations = [
         f"{cells[0].title}: {cells[0].federation.clients} clients × {cells[0].federation.rounds} rounds of "
         f"{cells[0].federation.protocol} on {cells[0].data.dataset}, defense {cells[0].federation.defense}; "
         f"attacks: {', '.join(sorted({_spec(attack) for cell in cells for attack in cell.attack})) or 'none'}"
         for cells in groups_of(experiment)
     ]
+    return [*federations, *(f"figure {figure.file_name}: {figure.heading}" for figure in experiment.figure)]
 
 
 def _spec(attack: AttackSettings) -> str:

@@ -274,6 +274,28 @@ class Settings(_Section):
         return f"{self.model.name.replace(':', '.')}-{self.federation.protocol}-{digest}"
 
 
+class FigureSettings(_Section):
+    """A table and a figure of the run's rows, drawn when it ends: `y` over `x`, apart by `by` (fedattack/report/figures.py)."""
+
+    x: str = Field(min_length=1, description="a field of rows.jsonl, an attack's option, or a dotted path")
+    y: tuple[str, ...] = Field(("psnr_db",), min_length=1, description="metrics, a panel and a column each")
+    by: tuple[str, ...] = Field((), description="fields that tell groups apart: colours, lines of the table")
+    pictures: bool = Field(False, description="also a strip of pictures, truth beside reconstruction, of one client")
+    client: str = Field("", description="whose pictures; empty: the first")
+    name: str = Field("", pattern=r"^(\w[\w.-]*)?$", description="of the files in figures/; empty: from the fields")
+    title: str = Field("", description="above the table and the figure")
+
+    @property
+    def file_name(self) -> str:
+        return self.name or re.sub(r"[^\w-]+", "-", "-".join([self.y[0], "over", self.x, *self.by]))
+
+    @property
+    def heading(self) -> str:
+        """The title, or what is drawn."""
+        apart = f", by {', '.join(self.by)}" if self.by else ""
+        return self.title or f"{', '.join(self.y)} over {self.x}{apart}"
+
+
 class Experiment(_Section):
     """A whole file: the run's own settings and its cells."""
 
@@ -281,6 +303,7 @@ class Experiment(_Section):
     engine: Literal["in-process", "simulation"] = "in-process"
     pool: PoolSettings = Field(default_factory=PoolSettings)
     score: ScoreSettings = Field(default_factory=ScoreSettings)
+    figure: tuple[FigureSettings, ...] = Field((), description="[[figure]] tables: what is drawn when the run ends")
     cells: tuple[Settings, ...] = ()
 
 
@@ -349,6 +372,12 @@ def parse_config(raw: Mapping[str, Any], *, file: str = "config", overrides: Seq
     except ValidationError as error:
         problems += _explain(error, Experiment, _Source(file))
         experiment = Experiment()
+    names = [figure.file_name for figure in experiment.figure]
+    problems += [
+        f"{file}: figure.{number}.name: must differ from those of the figures before it, got {name!r}"
+        for number, name in enumerate(names)
+        if name in names[:number]
+    ]
     problems += [
         f"{file}: score.recognise: {problem}" for problem in recognise_problems(experiment.score.recognise, cells)
     ]
@@ -825,8 +854,11 @@ def _explain(error: ValidationError, model: type[BaseModel], source: _Source) ->
 
 def _keys_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
     for part in location:
+        if part.isdecimal():  # a place in a list of tables
+            continue
         info = model.model_fields.get(part)
         kind = info.annotation if info else None
+        kind = next((one for one in get_args(kind) if one is not Ellipsis), kind)
         if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
             return []
         model = kind

@@ -47,14 +47,16 @@ def reopen_run(run: RunFolder) -> Begun:
 
 
 def finish_run(run: RunFolder, experiment: Experiment, begun: Begun) -> Path:
-    """Score, write rows and the report; gives the report's path. Wall time adds up over resumed runs."""
+    """Score, write rows, figures and the report; gives the report's path. Wall time adds up over resumed runs."""
     from fedattack.report import build_report
+    from fedattack.report.figures import draw_figures
     from fedattack.scoring import score_run
 
     score_run(run, experiment)
     if begun.clock is not None:
         wall = begun.about["wall_seconds"] + time.perf_counter() - begun.clock
         write_json(run.about, {**begun.about, "finished": _now(), "wall_seconds": round(wall, 1)})
+    draw_figures(run, experiment.figure)
     report: Path = build_report(run.path)
     return report
 

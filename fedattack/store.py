@@ -327,6 +327,15 @@ class RunFolder:
         return self.path / "rows.jsonl"
 
     @property
+    def figures(self) -> Path:
+        return self.path / "figures"
+
+    @property
+    def drawn(self) -> Path:
+        """A line for each figure that the recipe asks for: its files, or why there are none."""
+        return self.path / "figures.jsonl"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 

@@ -165,6 +165,7 @@ def report(
         typer.echo(f"picture: {write_montage(target.path, rows, montage)}")
     if markdown:
         typer.echo(markdown_table(rows))
+    _print_figures(target)
     typer.secho(f"report: {page}", bold=True)
 
 
@@ -207,6 +208,7 @@ def _print_summary(summary: Any) -> None:
     typer.echo(f"attacks: {counts}")
     if summary.statuses:
         _print_table(summary.run.rows)
+    _print_figures(summary.run)
     typer.secho(f"report: {summary.report}", bold=True)
 
 
@@ -215,3 +217,14 @@ def _print_table(rows: Path) -> None:
     from fedattack.store import read_rows
 
     typer.echo(markdown_table(list(read_rows(rows))))
+
+
+def _print_figures(run: Any) -> None:
+    """The files of the recipe's figures, and what could not be drawn."""
+    from fedattack.store import read_rows
+
+    for figure in read_rows(run.drawn):
+        for file in figure["files"]:
+            typer.echo(f"figure: {run.path / file}")
+        for problem in figure["problems"]:
+            typer.secho(f"figure not drawn in full ({figure['title']}): {problem}", fg=typer.colors.YELLOW, err=True)

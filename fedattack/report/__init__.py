@@ -2,7 +2,7 @@
 
 `build_report` writes it; `summary` holds the arithmetic, `gallery` the pictures, `charts` the curves, `template` the
 page; `montage` makes one picture for elsewhere. Run folder: config.toml, about.json, rows.jsonl, history.jsonl,
-incidents.jsonl, images/*.png; all may be missing.
+incidents.jsonl, figures.jsonl, images/*.png, figures/*; all may be missing.
 """
 
 import base64
@@ -18,7 +18,7 @@ from fedattack.errors import FedattackError, must
 from fedattack.report import summary
 from fedattack.report.bounds import bound_charts, ranking
 from fedattack.report.charts import Chart, Series, legend, line_chart
-from fedattack.report.gallery import IMAGES, PICTURES, TARGETS, gallery
+from fedattack.report.gallery import IMAGES, PICTURES, TARGETS, gallery, png_frame
 from fedattack.report.montage import write_montage
 from fedattack.report.recognition import recognised_tables
 from fedattack.report.revealed import SIGNIFICANT, revealed
@@ -32,6 +32,9 @@ __all__ = ["build_report", "markdown_table", "read_lines", "summarise", "write_m
 CURVES = 4
 """Loss curves drawn per attack and defense."""
 
+FIGURE_PIXELS = 200
+"""Side of the frame of a figure whose file is gone; figures are larger, and shown as they are."""
+
 LINES = 200
 """Failures and incidents listed."""
 
@@ -39,6 +42,7 @@ TITLES = {
     "headline": "What leaked",
     "gallery": "Pictures",
     "numbers": "Attack by attack",
+    "figures": "Figures of the recipe",
     "recognised": "What can be recognised",
     "bounds": "Bounds before any attack",
     "way": "Along the way",
@@ -63,8 +67,8 @@ def build_report(run: Path, *, targets: int = TARGETS, images: int = IMAGES) -> 
     if not run.is_dir():
         raise FedattackError(must("the run folder", "a folder that exists", str(run)))
     unreadable: dict[str, int] = {}
-    rows, history, incidents = (
-        read_lines(run / f"{name}.jsonl", unreadable) for name in ("rows", "history", "incidents")
+    rows, history, incidents, drawn = (
+        read_lines(run / f"{name}.jsonl", unreadable) for name in ("rows", "history", "incidents", "figures")
     )
     about = _read_json(run / "about.json", unreadable)
     left_out, rows = _controls_left_out(rows), [dict(row) for row in summary.without_idle_controls(rows)]
@@ -101,6 +105,7 @@ def build_report(run: Path, *, targets: int = TARGETS, images: int = IMAGES) -> 
         caps={"targets": targets, "images": images, "pictures": PICTURES},
         groups=gallery(rows, run, targets=targets, images=images),
         tables=_tables(cells, rows),
+        figures=_figures(drawn, run),
         recognised=recognised_tables(rows),
         revealed=revealed(rows),
         significant=SIGNIFICANT,
@@ -260,6 +265,16 @@ def _fact(name: str, values: list[Any]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ charts
+def _figures(drawn: Iterable[Row], run: Path) -> list[dict[str, Any]]:
+    """What the recipe asked for: its pictures in this page, the names of all its files, and what could not be drawn."""
+    found = []
+    for line in drawn:
+        title, files = summary.text(line, "title", "figure"), summary.names(line, "files")
+        frames = [png_frame(run, file, title, file, FIGURE_PIXELS) for file in files if file.endswith(".png")]
+        found.append({"title": title, "frames": frames, "files": files, "problems": summary.names(line, "problems")})
+    return found
+
+
 def _loss_charts(rows: Sequence[Row]) -> list[tuple[str, list[Chart]]]:
     split = summary.variants(rows)
     grouped: dict[str, dict[tuple[str, str], dict[str, list[Row]]]] = {}

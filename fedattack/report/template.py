@@ -63,6 +63,7 @@ table.strip tr > th:first-child { position: sticky; left: 0; background: var(--c
 .strip .frame { display: flex; align-items: center; justify-content: center; border: 1px dashed var(--soft); font-size: .7rem;
   color: var(--soft); padding: 4px; }
 .strip td.whole .frame { width: 130px; padding: 8px; font-size: .76rem; text-align: left; overflow-wrap: anywhere; white-space: pre-wrap; }
+.drawn figure { margin: 0 0 10px; } .drawn img { max-width: 100%; height: auto; }
 .film { display: flex; gap: 8px; } .grids { display: flex; flex-wrap: wrap; gap: 14px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 14px; }
 .charts figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px 12px; }
@@ -305,6 +306,19 @@ is stated{% if tables|selectattr("timesteps")|list %}; the same holds for timest
 {% endfor %}
 </tbody></table></div>
 {% endif %}
+</section>
+
+<section id="figures"><h2>{{ titles.figures }}</h2>
+{% if not figures %}<p class="note">None was asked for ([[figure]] tables in the recipe).</p>{% endif %}
+{% for block in figures %}
+<article class="card drawn"><h3>{{ block.title }}</h3>
+{% for problem in block.problems %}<p class="alarm">Not drawn in full: {{ problem }}.</p>
+{% endfor %}
+{% for frame in block.frames %}{{ picture(frame) }}
+{% endfor %}
+{% if block.files %}<p class="soft">In the run folder: {{ block.files|join(", ") }}</p>{% endif %}
+</article>
+{% endfor %}
 </section>
 
 <section id="recognised"><h2>{{ titles.recognised }}</h2>
