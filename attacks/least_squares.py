@@ -65,10 +65,14 @@ class Linear(Protocol):
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular values, descending, of a matrix with so many rows or columns, whichever are more."""
+    """Singular values, descending, of a matrix with so many rows or columns, whichever are more.
+
+    linear_rank: of the unknowns that were projected out of it.
+    """
 
     values: Tensor
     size: int
+    linear_rank: int = 0
 
     @property
     def rank(self) -> int:
@@ -177,10 +181,12 @@ class DenseLinear:
     transposed: Tensor
     gram: Tensor
     gradient: Tensor
+    linear_rank: int
 
     @staticmethod
-    def of(residual: Tensor, transposed: Tensor) -> "DenseLinear":
-        return DenseLinear(residual, transposed, transposed @ transposed.T, transposed @ residual)
+    def of(residual: Tensor, transposed: Tensor, linear_rank: int = 0) -> "DenseLinear":
+        gram, gradient = transposed @ transposed.T, transposed @ residual
+        return DenseLinear(residual, transposed, gram, gradient, linear_rank)
 
     @property
     def scale(self) -> float:
@@ -202,7 +208,7 @@ class DenseLinear:
         return _squared(self.residual + step @ self.transposed)
 
     def spectrum(self) -> Spectrum | None:
-        return spectrum_of(self.transposed)
+        return spectrum_of(self.transposed, self.linear_rank)
 
 
 @dataclass(frozen=True)
@@ -498,7 +504,7 @@ class Projected:
 
     def linear(self) -> DenseLinear:
         moved = jacobian_transposed(lambda x: self.function(x, self.linear_unknowns), self.x, self.chunk)
-        return DenseLinear.of(self.residual, moved - (moved @ self.basis) @ self.basis.T)
+        return DenseLinear.of(self.residual, moved - (moved @ self.basis) @ self.basis.T, self.linear_rank)
 
 
 @dataclass
@@ -636,7 +642,17 @@ class ProjectedFreeLinear:
         return self.left
 
     def spectrum(self) -> Spectrum | None:
-        return None
+        """Of J for x with y projected out, formed whole this once; None where no Jacobian is to be formed."""
+        point = self.point
+        if point.formed is None:
+            return None
+        transposed = jacobian_transposed(point.sketched, point.both, point.chunk)
+        if not bool(transposed.isfinite().all()):
+            return None
+        moved, linear = transposed[: len(point.x)], transposed[len(point.x) :]
+        basis, values = _range(linear.T)
+        basis = basis[:, : (rank := numerical_rank(values, max(linear.shape)))]
+        return spectrum_of(moved - (moved @ basis) @ basis.T, rank)
 
 
 def conjugate_gradients(
@@ -681,7 +697,14 @@ def _least_squares(matrix: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, int]
     return basis, vh[:rank].T @ ((basis.T @ wanted) / values[:rank]), rank
 
 
-def spectrum_of(transposed: Tensor) -> Spectrum | None:
+def _range(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors of a tall matrix, and its singular values, descending."""
+    q, r = torch.linalg.qr(matrix)
+    u, values, _ = torch.linalg.svd(r)
+    return q @ u, values
+
+
+def spectrum_of(transposed: Tensor, linear_rank: int = 0) -> Spectrum | None:
     """As exact as the rank demands (see SMALL); None where the matrix is not finite."""
     if not bool(transposed.isfinite().all()):
         return None
@@ -689,8 +712,8 @@ def spectrum_of(transposed: Tensor) -> Spectrum | None:
     if len(transposed) > SMALL:
         roots = _roots(transposed.double() @ transposed.double().T)
         if bool(roots[-1] > ROOTS * roots[0]):
-            return Spectrum(roots.to(transposed), size)
-    return Spectrum(torch.linalg.svdvals(transposed), size)
+            return Spectrum(roots.to(transposed), size, linear_rank)
+    return Spectrum(torch.linalg.svdvals(transposed), size, linear_rank)
 
 
 def _roots(gram: Tensor) -> Tensor:

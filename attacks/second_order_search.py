@@ -17,7 +17,6 @@ from attacks.least_squares import (
     MatrixFree,
     MatrixFreeLinear,
     Point,
-    Projected,
     ProjectedFree,
     Solution,
     levenberg_marquardt,
@@ -436,8 +435,9 @@ def multistart(
         diagnostics["rounds_seen"] = float(len(case.views))
     if case.noise > 0:
         diagnostics["chi_square"] = cost * len(case.views) / (case.noise**2 * case.count)
-    spectrum = solution.point.linear().spectrum() if attack.spectrum and dense else None
-    determined = unknowns <= case.count and not (attack.spectrum and dense and spectrum is None)
+    formed = dense or (isinstance(solution.point, ProjectedFree) and unknowns <= attack.dense_limit)
+    spectrum = solution.point.linear().spectrum() if attack.spectrum and formed else None
+    determined = unknowns <= case.count and not (attack.spectrum and formed and spectrum is None)
     if spectrum is None:
         determined = determined and case.every_image_matters(guess)
     elif len(spectrum.values) > 0:
@@ -446,9 +446,8 @@ def multistart(
         determined = determined and rank == columns
         if float(values[0]) > 0:
             diagnostics["condition"] = float(values[0] / values[min(len(values), columns) - 1].clamp_min(1e-300))
-        if isinstance(solution.point, Projected):
-            rank += solution.point.linear_rank
-            determined = determined and rank == unknowns
+        rank += spectrum.linear_rank
+        determined = determined and rank == unknowns
         diagnostics["rank"] = float(rank)
     if attack.spectrum and isinstance(solution.linear, MatrixFreeLinear):
         largest, smallest = solution.linear.extremes

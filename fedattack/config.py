@@ -156,6 +156,11 @@ class ThreatSettings(_Section):
     def visible(self) -> frozenset[str]:
         return visible_fields(self.model, self.reveal, self.hide)
 
+    @property
+    def earlier(self) -> int:
+        """How many earlier updates of the client the attacker is given at most."""
+        return self.history if "history" in self.visible() else 0
+
 
 UNRELATED, PEER = "unrelated-update", "peer"
 

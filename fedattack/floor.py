@@ -6,12 +6,14 @@
 Source: Cramér 1946, Rao 1945. It is a yardstick for scoring, never for an attack: F is taken at the truth. Noise that is
 hidden counts as unknown and is eliminated (Schur complement); labels and timesteps are discrete and count as known, which
 can only lower the floor. Activations with kinks have F almost everywhere. A prior, and the box [0, 1], can beat the floor
-where it is high: there it only says that the update no longer decides.
+where it is high: there it only says that the update no longer decides. An attacker who has further updates of the same images
+has the floor of all of them: their F one below the other, the noise of each round an unknown of its own.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -67,6 +69,7 @@ class Floor:
     standard deviation of its rounding to float32, ε·rms/√12, an order of magnitude only (coordinates differ in size; a client
     that also computes in float32 errs several times more). derivatives: directional derivatives of the update that were taken.
     jacobian_norm: ‖∂(what is sent)/∂images‖_F, RV where that is the gradient; jacobian_error: its relative standard error.
+    updates: how many it is of together; σ and update_rms are then those of the attacked one, jacobian_norm is that of all.
     """
 
     method: str
@@ -85,6 +88,7 @@ class Floor:
     derivatives: int
     jacobian_norm: float | None = None
     jacobian_error: float = 0.0
+    updates: int = 1
 
     @property
     def identifiable(self) -> bool | None:
@@ -105,6 +109,27 @@ class Floor:
         return float(10.0 ** (-psnr_db / 20.0) / self.rms_per_sigma)
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """A further update of the same client that the attacker has, and its truth."""
+
+    update: Update
+    truth: Private
+
+
+def sharing(truth: Private, others: Sequence[Earlier]) -> tuple[Earlier, ...]:
+    """Those that hold an image of the truth, or of another that does; the rest says nothing of the truth's images."""
+    pool, found, before = _pictures(truth["images"]), dict[int, Earlier](), -1
+    while before < len(found):
+        before = len(found)
+        for number, other in enumerate(others):
+            images = _pictures(other.truth["images"])
+            if number not in found and min(_places(pool, images)) < len(pool):
+                found[number] = other
+                pool += _not_in(pool, images)
+    return tuple(other for number, other in enumerate(others) if number in found)
+
+
 def error_floor(
     update: Update,
     model: nn.Module,
@@ -112,6 +137,8 @@ def error_floor(
     knowledge: Knowledge,
     truth: Private,
     *,
+    earlier: Sequence[Earlier] = (),
+    sigma: Callable[[float], float] | None = None,
     method: str = "auto",
     seconds: float = math.inf,
     clip_norm: float | None = None,
@@ -124,12 +151,18 @@ def error_floor(
     what `tasks.join_steps` gives. method: "exact" forms F, "sketch" a random projection of it with SKETCH rows for each
     unknown, "probes" only products with it; "auto" the first of these whose cost fits in `seconds`, estimated by counting
     operations (of one thread), not by a clock, so that the choice repeats. clip_norm: of a defense that clips the update.
+    earlier: updates that the attacker has beside it, trained alike; an image equal to one of the truth's is the same unknown,
+    their noise is not known. sigma: the standard deviation of noise on an update by its root mean square, None: all have one.
 
     Raises NotApplicable where the floor cannot be had, with the reason.
     """
     if method not in METHODS:
         raise FedattackError(one_of("method", METHODS, method))
     sent = Sent.of(update, model, task, knowledge, truth, clip_norm)
+    if earlier:
+        alone = replace(knowledge, noise=None)
+        others = [Sent.of(other.update, model, task, alone, other.truth, clip_norm) for other in earlier]
+        sent = Sent.together([sent, *others], sigma)
     try:
         cost = Cost.of(sent)
         chosen = _affordable(sent, cost, seconds) if method == "auto" else method
@@ -180,6 +213,8 @@ class Sent:
     """What the client sends (N,) as a function of what is hidden (unknowns,), pixels first, then noise; `at` is the truth.
 
     `plain` is the same function by plain autograd. rounding: standard deviation of the rounding of what is sent to float32.
+    Of several updates together pixels, images and update_rms are those of the attacked one; images that only others hold
+    stand behind its own, with the noise.
     """
 
     function: Function
@@ -189,6 +224,8 @@ class Sent:
     images: int
     value: Tensor
     rounding: float
+    update_rms: float
+    updates: int = 1
 
     @staticmethod
     def of(
@@ -253,6 +290,43 @@ class Sent:
             images=len(images),
             value=there,
             rounding=float(torch.finfo(torch.float32).eps * stored.square().mean().sqrt()) / math.sqrt(12.0),
+            update_rms=float(there.square().mean().sqrt()),
+        )
+
+    @staticmethod
+    def together(parts: Sequence["Sent"], sigma: Callable[[float], float] | None) -> "Sent":
+        """All updates, the attacked one first, each multiplied so that its noise has the σ of the attacked one's."""
+        first = parts[0]
+        each = first.pixels // first.images
+        pool: list[Tensor] = []
+        places, ends = [], []
+        for part in parts:
+            images = list(part.at[: part.pixels].reshape(-1, each))
+            places.append(torch.tensor(_places(pool, images), device=first.at.device))
+            pool += _not_in(pool, images)
+        ends.append(len(pool) * each)
+        for part in parts:
+            ends.append(ends[-1] + part.unknowns - part.pixels)
+        at = torch.cat([*pool, *(part.at[part.pixels :] for part in parts)])
+        scales = _scales([part.update_rms for part in parts], sigma)
+
+        def arguments(hidden: Tensor) -> list[Tensor]:
+            images = hidden[: ends[0]].reshape(-1, each)
+            noise = [hidden[start:end] for start, end in pairwise(ends)]
+            return [torch.cat([images.index_select(0, i).flatten(), e]) for i, e in zip(places, noise, strict=True)]
+
+        def value(hidden: Tensor, functions: Sequence[Function]) -> Tensor:
+            given = zip(scales, functions, arguments(hidden), strict=True)
+            return torch.cat([scale * function(argument) for scale, function, argument in given])
+
+        return replace(
+            first,
+            function=lambda hidden: value(hidden, [part.function for part in parts]),
+            plain=lambda hidden: value(hidden, [part.plain for part in parts]),
+            at=at,
+            value=torch.cat([scale * part.value for scale, part in zip(scales, parts, strict=True)]),
+            rounding=min(scale * part.rounding for scale, part in zip(scales, parts, strict=True)),
+            updates=len(parts),
         )
 
     @property
@@ -267,10 +341,6 @@ class Sent:
     def probes(self) -> int:
         """Random images for `probes`: the spread of the mean falls with their number times their size."""
         return max(3, min(PROBES, 4096 // self.pixels))
-
-    @property
-    def update_rms(self) -> float:
-        return float(self.value.square().mean().sqrt())
 
     @property
     def chunk(self) -> int:
@@ -290,8 +360,45 @@ class Sent:
             rms_per_sigma=rms_per_sigma,
             update_rms=self.update_rms,
             rounding_sigma=self.rounding,
+            updates=self.updates,
             **facts | found,
         )
+
+
+def _scales(sizes: Sequence[float], sigma: Callable[[float], float] | None) -> list[float]:
+    """σ of the first update in units of that of each, by their root mean squares; 1 where there is no noise at all."""
+    noise = [0.0 if sigma is None else sigma(size) for size in sizes]
+    if not any(noise):
+        return [1.0] * len(noise)
+    if not all(noise):
+        raise NotApplicable("one of the updates is zero, and with it the noise that is relative to it")
+    return [noise[0] / own for own in noise]
+
+
+def _pictures(images: Tensor) -> list[Tensor]:
+    return list(images.double().flatten(1))
+
+
+def _places(pool: Sequence[Tensor], images: Sequence[Tensor]) -> list[int]:
+    """Where each image is in the pool, no place twice; those that are not in it follow one another behind its end."""
+    free: dict[bytes, list[int]] = {}
+    for place, image in enumerate(pool):
+        free.setdefault(_bytes(image), []).append(place)
+    places, end = [], len(pool)
+    for image in images:
+        same = free.get(_bytes(image))
+        places.append(same.pop(0) if same else end)
+        end += places[-1] == end
+    return places
+
+
+def _not_in(pool: Sequence[Tensor], images: Sequence[Tensor]) -> list[Tensor]:
+    return [image for image, place in zip(images, _places(pool, images), strict=True) if place >= len(pool)]
+
+
+def _bytes(image: Tensor) -> bytes:
+    found: bytes = image.detach().cpu().contiguous().numpy().tobytes()
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------- what it costs

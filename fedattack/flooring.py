@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from fedattack.config import Experiment, Settings
 from fedattack.errors import NotApplicable
-from fedattack.floor import SKIPPED, Floor, error_floor, jacobian_norm
+from fedattack.floor import SKIPPED, Earlier, Floor, error_floor, jacobian_norm, sharing
 from fedattack.jobs import torch_threads
 from fedattack.models import build_model
-from fedattack.planning import read_truth, server_facts, updates_of
+from fedattack.planning import earlier_updates, read_truth, server_facts, updates_of
 from fedattack.registry import DEFENSES
 from fedattack.seeding import derive_generator
 from fedattack.store import RunFolder, finite, load_update, read_json, write_json
@@ -78,10 +78,18 @@ class Protection:
     def sigma(self, update_rms: float) -> float:
         return math.hypot(self.noise_std, self.relative_std * update_rms)
 
+    @property
+    def mixture(self) -> float:
+        """What decides how the σ of several updates compare: 0 where noise is relative alone, infinite where they are equal."""
+        return self.noise_std / self.relative_std if self.relative_std > 0 else math.inf
+
 
 @dataclass(frozen=True)
 class Target:
-    """One update whose floor is wanted, under one protection and one answer to whether the noise is known."""
+    """One update whose floor is wanted, under one protection and one answer to whether the noise is known.
+
+    earlier: what the attacker has beside it of the same images.
+    """
 
     settings: Settings
     path: Path
@@ -90,24 +98,35 @@ class Target:
     truth: Mapping[str, Tensor]
     protection: Protection
     noise_known: bool
+    earlier: tuple[Earlier, ...] = ()
 
     @property
     def key(self) -> str:
         """A digest of everything that the floor depends on."""
         digest = hashlib.sha256()
-        for part in (self.update.sent, self.truth):
-            for name, tensor in sorted(part.items()):
-                digest.update(f"{name}{tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().double().contiguous().numpy().tobytes())
+        _take(digest, self.update, self.truth)
         names = sorted(self.update.received)
         how = (dict(self.context), self.update.kind, names, self.noise_known, self.protection.clip_norm)
         digest.update(json.dumps(how, sort_keys=True, default=str).encode())
+        for other in self.earlier:
+            _take(digest, other.update, other.truth)
+            digest.update(json.dumps((other.update.kind, sorted(other.update.received))).encode())
+        if self.earlier:
+            digest.update(repr(self.protection.mixture).encode())
         return digest.hexdigest()[:16]
 
     def compute(self, method: str, seconds: float, progress: Progress) -> Floor:
         """Rebuild model and task as an attack would, and take the floor at the truth."""
         with torch_threads(1):
-            return error_floor(*self._posed(), method=method, seconds=seconds, progress=progress, **self._how())
+            return error_floor(
+                *self._posed(),
+                earlier=self.earlier,
+                sigma=self.protection.sigma,
+                method=method,
+                seconds=seconds,
+                progress=progress,
+                **self._how(),
+            )
 
     def jacobian_norm(self, seconds: float) -> dict[str, float]:
         """What a floor says of its Jacobian's size, where there is no floor."""
@@ -159,9 +178,18 @@ class Target:
         return model, build_task(context["task"]["name"], context["task"].get("options"))
 
 
+def _take(digest: Any, update: Update, truth: Mapping[str, Tensor]) -> None:
+    """Into the digest: the weights that were sent, and the truth."""
+    for part in (update.sent, truth):
+        for name, tensor in sorted(part.items()):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().double().contiguous().numpy().tobytes())
+
+
 def target_of(run: RunFolder, settings: Settings, path: Path) -> Target:
     """Raises NotApplicable where there is no truth, or a defense that has no floor (beside a mean of several clients)."""
-    truth = read_truth(run.federation(settings.federation_id), path)
+    folder = run.federation(settings.federation_id)
+    truth = read_truth(folder, path)
     if truth is None:
         raise NotApplicable("no truth was recorded (a deployment has no witness)")
     update, context = load_update(path)
@@ -170,7 +198,12 @@ def target_of(run: RunFolder, settings: Settings, path: Path) -> Target:
     own = protection.clip_norm is not None or protection.relative_std > 0
     if own and path.stem.startswith("aggregate-"):
         raise NotApplicable("clipping and noise went by each client's own update, and only their mean was seen")
-    return Target(settings, path, update, context, truth, protection, known)
+    others = []
+    for other in earlier_updates(path, update, settings.threat.earlier):
+        if (theirs := read_truth(folder, other)) is None:
+            raise NotApplicable(f"the attacker has {other.stem} too, of which no truth was recorded")
+        others.append(Earlier(load_update(other)[0], theirs))
+    return Target(settings, path, update, context, truth, protection, known, sharing(truth, others))
 
 
 class Floors:
@@ -212,7 +245,7 @@ class Floors:
             facts |= {"status": UNAVAILABLE, "reason": str(reason)}
         if self._rv:
             facts["jacobian_norm"] = None
-            if facts["reason"].startswith(SKIPPED):
+            if facts["reason"].startswith(SKIPPED) and not target.earlier:  # RV is that of one update
                 with suppress(NotApplicable):
                     facts |= target.jacobian_norm(self._seconds)
         return facts
@@ -247,16 +280,18 @@ def _updates(run: RunFolder, experiment: Experiment) -> Iterator[tuple[Settings,
 
 
 def _identity(settings: Settings, path: Path) -> tuple[str, str]:
-    return f"{settings.federation_id}:{'noise' in settings.threat.visible()}", path.stem
+    threat = settings.threat
+    return f"{settings.federation_id}:{'noise' in threat.visible()}:{threat.earlier}", path.stem
 
 
 def _with_noise(kept: FloorRow, target: Target, db: float, rv: bool) -> FloorRow:
     """The floor at the noise of the cell: the defense's, or else the rounding of its precision; and RV of what was sent.
 
-    relative_rv: RV where the update has unit root mean square, what noise in units of that has to compete with.
+    relative_rv: RV where the update has unit root mean square, what noise in units of that has to compete with. RV is that of
+    one update: where the attacker has more there is none.
     """
     found = {name: value for name, value in kept.items() if name not in ("asked", "seconds")}
-    if rv and (norm := found.get("jacobian_norm")) and (rms := found.get("update_rms")):
+    if rv and not target.earlier and (norm := found.get("jacobian_norm")) and (rms := found.get("update_rms")):
         found |= {"rv": norm, "relative_rv": norm / rms, "rv_error": found["jacobian_error"]}
     if found["status"] == UNAVAILABLE:
         return found

@@ -176,7 +176,7 @@ def _jobs(
     )
     scalars = save_knowledge(tensors_path, knowledge)
     shows_public = "public_images" in visible and settings.threat.public_images > 0 and folder.public_images.exists()
-    history = earlier_updates(update_path, update, settings.threat.history) if "history" in visible else []
+    history = earlier_updates(update_path, update, settings.threat.earlier)
     files = {"public_images": shows_public, "history": bool(history)}
     weights = _prior_digest(knowledge.prior)
     known = sorted(knowledge.known() | {name for name, given in files.items() if given})
@@ -289,7 +289,7 @@ def cell_facts(settings: Settings) -> dict[str, Any]:
         "local_steps": federation.local_steps,
         "precision": settings.precision,
         "threat_model": settings.threat.model,
-        "history": settings.threat.history if "history" in settings.threat.visible() else 0,
+        "history": settings.threat.earlier,
         "same_examples": federation.same_examples,
         "prior": settings.threat.prior if "prior" in settings.threat.visible() else "",
         "seed": settings.seed,

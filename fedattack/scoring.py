@@ -38,7 +38,6 @@ from fedattack.types import Reconstruction
 
 Row = dict[str, Any]
 NO_TRUTH = "no truth was recorded (a deployment has no witness)"
-MORE_UPDATES = "the floor is that of one update, and the attacker has earlier ones of the same images"
 
 
 def score_run(run: RunFolder, experiment: Experiment) -> list[Row]:
@@ -86,8 +85,6 @@ def _about_controls(settings: Settings, attack: AttackSettings) -> Row:
 
 def _floored(row: Row, floor: FloorRow) -> Row:
     """The floor beside an attack's figures, and why where there is none."""
-    if "history" in row.get("knowledge", []):
-        floor = {"status": UNAVAILABLE, "reason": MORE_UPDATES}
     why = floor["reason"] if floor["status"] == UNAVAILABLE else floor["note"]
     facts: Row = {"floor": floor} | {name: floor[name] for name in ("rv", "relative_rv") if name in floor}
     return facts | ({"missing": {**row.get("missing", {}), "floor": why}} if why else {})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedattack import floor as floors
 from fedattack.errors import FedattackError, NotApplicable
-from fedattack.floor import Sent, error_floor
+from fedattack.floor import Earlier, Sent, error_floor, sharing
 from fedattack.models import build_model
 from fedattack.tasks import Classification, Diffusion, Task, parameter_names, simulate, split_steps
 from fedattack.types import Knowledge, Update
@@ -208,6 +208,148 @@ def test_least_squares_attains_it(name, samples):
     if len(found.per_image) > 1:
         each = squared.reshape(samples, len(found.per_image), -1).mean((0, 2)).sqrt() / sigma
         assert each.tolist() == pytest.approx(found.per_image, rel=0.15)
+
+
+# ------------------------------------------------------------------------------------------------ several updates
+def in_another_round(case, seed: int, order=None):
+    """The same client in another round: other weights, the images in another order, noise and timesteps drawn anew."""
+    update, model, task, knowledge, truth = case
+    fresh = torch.Generator().manual_seed(seed)
+    sent = {n: t + 0.1 * torch.randn(t.shape, generator=fresh, dtype=t.dtype) for n, t in update.sent.items()}
+    truth = dict(truth)
+    if order is not None:
+        truth |= {name: truth[name][order] for name in ("images", "labels")}
+    if task.drawn:
+        truth["noise"] = torch.randn(truth["noise"].shape, generator=fresh, dtype=torch.float64)
+        truth["timesteps"] = (truth["timesteps"] + 3) % 100
+    return replace(update, round=update.round + seed, sent=sent), model, task, knowledge, truth
+
+
+def beside(*cases) -> list[Earlier]:
+    return [Earlier(case[0], case[4]) for case in cases]
+
+
+def test_the_floor_of_a_repeated_update_is_that_of_a_mean():
+    """Twice the same equations under independent noise: their mean has σ/√2; under twice the noise they count a quarter."""
+    case = weighted()
+    one, two = floor_of(case), floor_of(case, earlier=beside(case))
+    assert (two.updates, two.unknowns, two.equations, two.pixels) == (2, 12, 78, 12)
+    assert two.rms_per_sigma == pytest.approx(one.rms_per_sigma / math.sqrt(2.0), rel=1e-12)
+    assert (two.update_rms, two.rounding_sigma) == (one.update_rms, one.rounding_sigma)
+    assert two.jacobian_norm == pytest.approx(one.jacobian_norm * math.sqrt(2.0))
+    assert one.updates == 1
+    noise = iter([1.0, 2.0])
+    louder = floor_of(case, earlier=beside(case), sigma=lambda rms: next(noise))
+    assert louder.rms_per_sigma == pytest.approx(one.rms_per_sigma / math.sqrt(1.25), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("lenet, relu, two images", False), ("unet", False), ("unet", True), ("unet, two images", False)],
+)
+def test_several_updates_are_their_equations_one_below_the_other(name, known):
+    """By hand: columns of shared images, then of each round's own noise; rows in units of their own σ, relative to the rms."""
+    case = CASES[name]()
+    images = len(case[4]["images"])
+    others = [in_another_round(case, 1, list(reversed(range(images)))), in_another_round(case, 2)]
+    if known:  # of the attacked update alone
+        case = (*case[:3], replace(case[3], noise=case[4]["noise"]), case[4])
+    sents = [Sent.of(*one, None) for one in (case, *others)]
+    pixels = sents[0].pixels
+    rows, places = [], pixels
+    wide = pixels + sum(len(sent.at) - pixels for sent in sents)
+    for number, sent in enumerate(sents):
+        f = dense((case, *others)[number]) * sents[0].update_rms / sent.update_rms
+        whole = torch.zeros(len(f), wide, dtype=torch.float64)
+        mine = f[:, :pixels].reshape(len(f), images, -1)
+        whole[:, :pixels] = (mine.flip(1) if number == 1 else mine).reshape(len(f), pixels)
+        whole[:, places : places + len(sent.at) - pixels] = f[:, pixels:]
+        places += len(sent.at) - pixels
+        rows.append(whole)
+    stacked = torch.cat(rows)
+    diagonal = torch.linalg.inv(stacked.T @ stacked).diagonal()[:pixels]
+    found = floor_of(case, earlier=beside(*others), sigma=lambda rms: 0.3 * rms)
+    assert (found.updates, found.unknowns, found.equations, found.hidden) == (3, wide, len(stacked), 0)
+    assert found.rms_per_sigma == pytest.approx(float(diagonal.mean().sqrt()), rel=1e-4)
+    assert found.per_image == pytest.approx(diagonal.reshape(images, -1).mean(1).sqrt().tolist(), rel=1e-4)
+    assert found.update_rms == sents[0].update_rms
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_further_update_never_raises_the_floor(name):
+    case = CASES[name]()
+    others = [in_another_round(case, seed) for seed in (1, 2)]
+    alone, two, three = (floor_of(case, earlier=beside(*others[:n])).rms_per_sigma for n in range(3))
+    assert three < two < alone
+
+
+def test_least_squares_on_several_updates_attains_it():
+    case = CASES["unet"]()
+    other = in_another_round(case, 1)
+    found = floor_of(case, earlier=beside(other), sigma=lambda rms: 0.3 * rms)
+    first, second = Sent.of(*case, None), Sent.of(*other, None)
+    pixels, sigma = first.pixels, 1e-5 / found.rms_per_sigma
+    noises = sigma, sigma * second.update_rms / first.update_rms
+    hidden = torch.cat([first.at, second.at[pixels:]])
+    f = torch.zeros(len(first.value) + len(second.value), len(hidden), dtype=torch.float64)
+    f[: len(first.value), : len(first.at)] = dense(case) / noises[0]
+    f[len(first.value) :, [*range(pixels), *range(len(first.at), len(hidden))]] = dense(other) / noises[1]
+    inverse, generator, errors = torch.linalg.pinv(f), seeded(11), []
+    for _ in range(60):
+        observed = [
+            sent.value + noise * torch.randn(len(sent.value), generator=generator, dtype=torch.float64)
+            for sent, noise in zip((first, second), noises, strict=True)
+        ]
+        at = hidden
+        for _ in range(3):
+            there = at[: len(first.at)], torch.cat([at[:pixels], at[len(first.at) :]])
+            left = [
+                (seen - sent.plain(x).detach()) / noise
+                for seen, sent, x, noise in zip(observed, (first, second), there, noises, strict=True)
+            ]
+            at = at + inverse @ torch.cat(left)
+        errors.append((at - hidden)[:pixels])
+    assert float(torch.stack(errors).square().mean().sqrt()) == pytest.approx(found.rms(sigma), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("mlp, three images", "sketch"), ("mlp, three images", "probes"), ("unet", "sketch")]
+)
+def test_cheaper_methods_agree_on_several_updates(name, method):
+    case = CASES[name]()
+    earlier = beside(in_another_round(case, 1))
+    exact, found = floor_of(case, earlier=earlier), floor_of(case, method, earlier=earlier)
+    assert (found.method, found.status, found.updates) == (method, "estimate", 2)
+    assert found.rms_per_sigma == pytest.approx(exact.rms_per_sigma, rel=max(4 * found.relative_error, 0.02))
+    assert found.jacobian_norm == pytest.approx(exact.jacobian_norm, rel=5 * found.jacobian_error)
+
+
+def test_images_of_another_update_alone_are_nuisance():
+    """Of two images only the sum is sent; that of one of them and a third helps as little as that third is known."""
+    update, *rest, truth = weighted(2)
+    third = {**truth, "images": torch.cat([truth["images"][1:], drawn(1, 3, 2, 2, seed=9)])}
+    alone = {**truth, "images": third["images"][1:]}
+    unrelated = {**truth, "images": drawn(2, 3, 2, 2, seed=10)}
+    a, b, c = (Earlier(update, one) for one in (third, alone, unrelated))
+    assert sharing(truth, [c, b, a]) == (b, a)  # b is reached through a
+    assert sharing(truth, [c, b]) == ()
+    case = (update, *rest, truth)
+    told = floor_of(case, earlier=[a])
+    assert (told.unknowns, told.pixels, told.rank, told.hidden) == (36, 24, 24, 12)
+    assert told.rms_per_sigma == pytest.approx(floor_of(case).rms_per_sigma)
+    told = floor_of(case, earlier=[b, a])  # sums x+y, y+z and z itself: all are told
+    assert (told.unknowns, told.hidden) == (36, 0)
+    sums = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    expected = torch.linalg.inv(sums.T @ sums).diagonal()[:2] / 5.25
+    assert told.per_image == pytest.approx(expected.sqrt().tolist())
+    told = floor_of(case, earlier=[c])
+    assert told.rms_per_sigma == pytest.approx(floor_of(case).rms_per_sigma)
+
+
+def test_a_zero_update_cannot_have_relative_noise():
+    case, noise = weighted(), iter([1.0, 0.0])
+    with pytest.raises(NotApplicable, match="one of the updates is zero"):
+        floor_of(case, earlier=beside(case), sigma=lambda rms: next(noise))
 
 
 # ------------------------------------------------------------------------------------------------ the cheaper methods

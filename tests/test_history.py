@@ -1,15 +1,21 @@
 """Several updates of the same images: which copies a job names, and that they reach the attack."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+import pytest
 import torch
+from typer.testing import CliRunner
 
 from experiments.campaign import run_campaign
+from fedattack.cli import app
 from fedattack.config import parse_config
+from fedattack.errors import NotApplicable
+from fedattack.flooring import Protection, target_of
 from fedattack.jobs import Job, load_knowledge
-from fedattack.planning import earlier_updates
+from fedattack.planning import earlier_updates, updates_of
 from fedattack.store import RunFolder, load_update, read_rows, save_update
 from fedattack.types import Reconstruction, Update
 
@@ -62,11 +68,72 @@ def test_the_history_reaches_the_attack_and_the_row(tmp_path: Path):
     assert all(row["diagnostics"]["seen"] == 0 for row in read_rows(summary.run.rows) if row["kind"] == "attack")
 
 
-def test_the_floor_of_one_update_is_not_set_beside_an_attack_on_several(tmp_path: Path):
-    wanted = parse_config(CONFIG | {"score": {"lpips": []}})
-    rows = [row for row in read_rows(run_campaign(wanted, tmp_path / "run").run.rows) if row["kind"] == "attack"]
-    assert all((row["floor"]["status"] == "exact") == (row["round"] == 1) for row in rows)
-    assert all("earlier ones" in row["missing"]["floor"] for row in rows if row["round"] > 1)
+def floors_of(wanted, folder: Path) -> dict[tuple[str, int], dict]:
+    """By client and round."""
+    rows = [row for row in read_rows(run_campaign(wanted, folder).run.rows) if row["kind"] == "attack"]
+    return {(row["client"], row["round"]): row["floor"] for row in rows}
+
+
+def test_beside_an_attack_on_several_updates_stands_the_floor_of_all(tmp_path: Path):
+    config = CONFIG | {"score": {"lpips": []}}
+    joint = floors_of(parse_config(config), tmp_path / "joint")
+    alone = floors_of(parse_config(config | {"threat": {"history": 2, "hide": ["history"]}}), tmp_path / "alone")
+    for (client, number), floor in joint.items():
+        assert floor["status"] == "exact"
+        assert floor["updates"] == number
+        assert floor["equations"] == number * alone[client, number]["equations"]
+        if number == 1:
+            assert floor == alone[client, number]
+        else:
+            assert floor["rms_per_sigma"] < alone[client, number]["rms_per_sigma"]
+            assert "rv" not in floor
+            assert floor["update_rms"] == alone[client, number]["update_rms"]
+
+
+def test_earlier_updates_of_other_images_leave_the_floor_as_it_is(tmp_path: Path):
+    config = CONFIG | {"score": {"lpips": []}, "federation": {**CONFIG["federation"], "same_examples": False}}
+    told = floors_of(parse_config(config), tmp_path / "told")
+    alone = floors_of(parse_config(config | {"threat": {"history": 0}}), tmp_path / "alone")
+    assert told == alone
+
+
+def test_floors_are_kept_by_what_the_attacker_has(tmp_path: Path):
+    """How σ compares between the updates counts only where there are several, and how loud it is not at all."""
+    wanted = parse_config(CONFIG | {"attack": []})
+    run = run_campaign(wanted, tmp_path / "run").run
+    (settings,) = wanted.cells
+    (*_, path) = updates_of(run.federation(settings.federation_id))
+
+    def key(history: int, **protection: float) -> str:
+        threat = settings.threat.model_copy(update={"history": history})
+        target = target_of(run, settings.model_copy(update={"threat": threat}), path)
+        return replace(target, protection=Protection(**protection)).key
+
+    assert len({key(0), key(1), key(2)}) == 3
+    assert key(2) == key(3) == key(2, noise_std=0.1)
+    assert key(0) == key(0, relative_std=0.3)
+    assert key(1) != key(1, relative_std=0.3) == key(1, relative_std=0.1)
+    assert key(1, relative_std=0.3) != key(1, relative_std=0.3, noise_std=0.1)
+
+
+def test_the_command_says_that_a_floor_is_of_several_updates(tmp_path: Path):
+    wanted = parse_config(CONFIG | {"attack": [], "case": [{"threat": {"history": n}} for n in (0, 2)]})
+    run = run_campaign(wanted, tmp_path / "run").run
+    done = CliRunner().invoke(app, ["floor", "--run", str(run.path), "--json", str(tmp_path / "f.json")])
+    assert done.exit_code == 0, done.output
+    assert "client-0, round 3: of 3 updates together" in done.output
+    lines = json.loads((tmp_path / "f.json").read_text())
+    assert [line["floor"]["updates"] for line in lines] == [1] * 6 + [1, 1, 2, 2, 3, 3]
+
+
+def test_an_earlier_update_without_a_truth_leaves_no_floor(tmp_path: Path):
+    wanted = parse_config(CONFIG | {"attack": []})
+    run = run_campaign(wanted, tmp_path / "run").run
+    (settings,) = wanted.cells
+    folder = run.federation(settings.federation_id)
+    (folder.truth / "client-0-round-1.safetensors").unlink()
+    with pytest.raises(NotApplicable, match=r"client-0-round-1 too, of which no truth"):
+        target_of(run, settings, folder.updates / "client-0-round-2.safetensors")
 
 
 def test_the_same_images_come_every_round(tmp_path: Path):

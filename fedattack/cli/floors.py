@@ -45,7 +45,8 @@ def floor(
     how many of the unknowns (pixels, and DDPM noise where hidden) it tells, the condition number, rms pixel error per unit of
     noise σ on every coordinate, the update's own rms, the PSNR that σ leaves, and σ*, the noise from which on no unbiased
     attack without a prior reaches --db. Noise-free updates are limited by the rounding of what is sent. Labels and timesteps
-    count as known. With --rv, models and their states of training (rounds) are ranked by how much they leak, before any attack.
+    count as known. Where the attacker is given earlier updates of the same images (threat.history), the floor is that of all
+    of them together. With --rv, models and their states of training (rounds) are ranked by how much they leak, before any attack.
     """
     from tempfile import TemporaryDirectory
 
@@ -101,7 +102,10 @@ def _floor_lines(run: Any, experiment: Any, method: str, seconds: float, db: flo
     from fedattack.flooring import Floors
     from fedattack.planning import cell_facts, updates_of
 
-    cells = {(cell.federation_id, "noise" in cell.threat.visible()): cell for cell in reversed(experiment.cells)}
+    cells = {
+        (cell.federation_id, "noise" in cell.threat.visible(), cell.threat.earlier): cell
+        for cell in reversed(experiment.cells)
+    }
     score = experiment.score.model_copy(update={"floor_db": db})
     experiment = experiment.model_copy(update={"cells": tuple(reversed(cells.values())), "score": score})
     floors = Floors(run, experiment, method=method, seconds_each=seconds)
@@ -172,6 +176,10 @@ def _print_floors(lines: list[dict[str, Any]], sigmas: list[float], db: float) -
                 notes.append(f"{name}: {floor['reason']}")
                 table.add_row(name, "not available")
                 continue
+            if (together := floor.get("updates", 1)) > 1:
+                notes.append(
+                    f"{name}: of {together} updates together, whose attacker has the earlier ones; σ is this one's"
+                )
             if floor["note"]:
                 notes.append(f"{name}: {floor['note']}")
             if floor["hidden"]:

@@ -212,7 +212,8 @@ word that at least half of its images reach. PSNR has peak 1; {{ cap_db|db(0) }}
 best attack is the one with the highest average. The words follow PSNR alone: a noisy picture with a low
 PSNR may still be recognisable to a person, so look at the pictures.{% if revealed %} What they say of a person is tested by itself: <b>told</b> where an attack's pictures name the right person or class
 better than chance and than every picture beside them that was made without this update, by a paired permutation test over clients (p ≤ {{ significant }}, times the number of attacks; each case, defense and thing by itself).{% endif %} A weak result is a fact about these attacks, no proof of safety.
-The <b>floor</b> (Cramér-Rao) is the PSNR that the noise on the update, or else its rounding, leaves to the best unbiased attack without a prior. “≤” marks one that was
+The <b>floor</b> (Cramér-Rao) is the PSNR that the noise on the update, or else its rounding, leaves to the best unbiased attack without a prior, of all updates of the
+same images together where the attacker has several. “≤” marks one that was
 not computed to the end, so that the true one is lower; “not identifiable” counts image directions that the update does not tell at all. A prior, and the range
 [0, 1], may beat a floor that lies near the baselines.</p>
 {% endif %}

@@ -750,8 +750,50 @@ def test_projection_without_a_matrix_finds_the_same(dense_limit, prediction_type
     assert len(formations) < found.steps
     assert found.diagnostics["dense"] == 0.0
     assert found.diagnostics["certified"] == 1.0
+    assert found.diagnostics.get("rank") == (None if dense_limit == 8 else 64)
     assert float(psnr_db(found.images, images)) > 80
     torch.testing.assert_close(found.noise, private["noise"], rtol=0, atol=1e-4)
+
+
+def test_rank_and_condition_without_a_matrix_are_those_with_one(random_images, monkeypatch):
+    """A U-Net at 8×8, from near the truth: both end at the same point, and so are the figures, but for what a sketch does."""
+    options = {"block_out_channels": (8,), "attention": (), "mid_attention": False, "norm_num_groups": 4}
+    model = build_model("unet", image_shape=(1, 8, 8), num_classes=None, seed=0, **options).double()
+    private, update, knowledge = diffusion_update(model, Diffusion(), random_images((1, 1, 8, 8)), [100])
+    near = {name: private[name][None].double() + 1e-3 for name in ("images", "noise")}
+    monkeypatch.setattr(Case, "starts", lambda case: near)
+    attacks = [SecondOrder(sketch=sketch, restarts=1, descent_iterations=0, translations=0) for sketch in (0.0, 3.0)]
+    with_one = attack(attacks[0], update, model, knowledge, Diffusion())
+    monkeypatch.setattr("attacks.second_order_noise.PROJECTED", 8)
+    for one, tolerance in zip(attacks, (1e-4, 0.5), strict=True):
+        without = attack(one, update, model, knowledge, Diffusion())
+        assert (with_one.diagnostics["dense"], without.diagnostics["dense"]) == (1.0, 0.0)
+        assert with_one.diagnostics["rank"] == without.diagnostics["rank"] == 128
+        assert with_one.diagnostics["certified"] == without.diagnostics["certified"] == 1.0
+        assert without.diagnostics["condition"] == pytest.approx(with_one.diagnostics["condition"], rel=tolerance)
+
+
+def test_dependent_unknowns_are_counted_without_a_matrix():
+    """ρ = (x₁ + x₂ + y₁, y₁ + y₂, 2y₁ + 2y₂, x₁ − x₂): y can undo x₁ + x₂; without y₁ in the first it cannot."""
+    rows = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1], [0, 0, 2, 2], [1, -1, 0, 0]], dtype=torch.float64)
+
+    def spectrum(matrix: Tensor, formed: Formed | None):
+        x, y = double(0.1, 0.2), double(0.3, 0.4)
+
+        def function(z: Tensor) -> Tensor:
+            return matrix.to(z.dtype) @ z
+
+        return ProjectedFree.at(function, function, x, 2, 20, Latest(y), formed).linear().spectrum()
+
+    told = spectrum(rows, Formed())
+    assert (told.rank, told.linear_rank) == (1, 2)
+    torch.testing.assert_close(told.values, double(math.sqrt(2.0), 0.0), atol=1e-12, rtol=1e-12)
+    joined = rows.clone()
+    joined[0, 2] = 0.0
+    told = spectrum(joined, Formed())
+    assert (told.rank, told.linear_rank) == (2, 1)
+    torch.testing.assert_close(told.values, double(math.sqrt(2.0), math.sqrt(2.0)))
+    assert spectrum(rows, None) is None
 
 
 def test_known_noise_leaves_the_images_alone(random_images):
