@@ -66,8 +66,8 @@ class Options:
     certified. A cost is ‖simulated − observed‖²/‖observed‖² in the weights of the search: 1 for silence, 0 for a perfect
     match. weights: "entries" (all alike), "layers" (each divided by its norm, so that all layers count the same) or
     "balanced" between them. certified: the cost, in "layers" weights whatever the search had, below which (with as many
-    independent equations as unknowns; beyond dense_limit, or without `spectrum`, independence is not checked) a result is
-    called exact.
+    independent equations as unknowns; beyond dense_limit, unknown noise counted, or without `spectrum`, independence is not
+    checked) a result is called exact.
     start: "grey", "normal" or "uniform", see Problem.start; or an attack such as "r-conv", whose result is the first start
     (of models with ReLUs the second too, slightly smoothed; the others are grey). box: images are clamped to [0, 1] at the
     "end" or after each "step". damping: of the first step, in units of the largest diagonal entry of JᵀJ. sketch: equations

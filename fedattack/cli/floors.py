@@ -46,7 +46,8 @@ def floor(
     noise σ on every coordinate, the update's own rms, the PSNR that σ leaves, and σ*, the noise from which on no unbiased
     attack without a prior reaches --db. Noise-free updates are limited by the rounding of what is sent. Labels and timesteps
     count as known. Where the attacker is given earlier updates of the same images (threat.history), the floor is that of all
-    of them together. With --rv, models and their states of training (rounds) are ranked by how much they leak, before any attack.
+    of them together. With --rv, models and their states of training (rounds) are ranked by how much they leak, before any
+    attack.
     """
     from tempfile import TemporaryDirectory
 
