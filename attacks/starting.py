@@ -37,9 +37,10 @@ def first_guess(
     """Images (B,C,H,W) that the attack named by `start` finds in this update, and what is known with its labels.
 
     None and `knowledge` itself where `start` is random. Images are put in the order of the labels, known ones or the
-    attack's own; those of a diffusion client have neither labels nor order. progress hears of that attack's iterations
-    before it hears of the search's, and may stop it. Raises NotApplicable where there are several images of a classifier's
-    client without labels, or what the attack raises.
+    attack's own; those of a diffusion client in that of their timesteps, where these are unknown: ascending is how they are
+    read off the update. progress hears of that attack's iterations before it hears of the search's, and may stop it. Raises
+    NotApplicable where there are several images of a classifier's client without labels, where the attack looks for no such
+    images at all, or what the attack raises.
     """
     name, parameters = parse_spec(start)
     if name in STARTS:
@@ -52,10 +53,14 @@ def first_guess(
     alone = replace(knowledge, history=None)
     found = attack.reconstruct(update, model, task, alone, generator=generator, progress=progress)
     images = found.images
+    if found.represents != "images" and (found.represents != "user" or knowledge.batch_size != 1):
+        raise NotApplicable(f"start {name!r} does not look for every image of the client")
     if found.labels is None and len(images) > 1 and task.name == "classification":
         raise NotApplicable(
             f"start {name!r} does not tell the labels of its {len(images)} images, so their order is unknown"
         )
+    if found.timesteps is not None and len(found.timesteps) == len(images) and knowledge.timesteps is None:
+        images = images[found.timesteps.argsort(stable=True).to(images.device)]
     if found.labels is not None:
         if knowledge.labels is None:
             knowledge = replace(knowledge, labels=found.labels)

@@ -3,7 +3,7 @@
     python -m experiments.figures RUN [RUN …] --x attack --y psnr_db ssim --by case oracles [--pictures] [--out FOLDER]
 
 What x, y and by may name, and what is drawn: fedattack/report/figures.py. Writes NAME.md, NAME.png and NAME-pictures.png to
-FOLDER (RUN/figures), NAME from --name or the fields.
+FOLDER (RUN/figures/more, beside the recipe's own), NAME from --name or the fields.
 """
 
 import argparse
@@ -26,10 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--client", default="", help="whose pictures; default: the first")
     parser.add_argument("--name", default="", help="of the files")
     parser.add_argument("--title", default="", help="above the table and the figure")
-    parser.add_argument("--out", type=Path, help="folder; default: RUN/figures of the first run")
+    parser.add_argument("--out", type=Path, help="folder; default: RUN/figures/more of the first run")
     chosen = vars(parser.parse_args(arguments))
     runs, folder = chosen.pop("runs"), chosen.pop("out")
-    folder = folder or runs[0] / "figures"
+    folder = folder or runs[0] / "figures" / "more"
     try:
         asked = FigureSettings(**chosen)
     except ValidationError as error:

@@ -381,7 +381,7 @@ def parse_config(raw: Mapping[str, Any], *, file: str = "config", overrides: Seq
     problems += [
         f"{file}: figure.{number}.name: must differ from those of the figures before it, got {name!r}"
         for number, name in enumerate(names)
-        if name in names[:number]
+        if any(name in files or f"{name}-pictures" in files for files in ((n, f"{n}-pictures") for n in names[:number]))
     ]
     problems += [
         f"{file}: score.recognise: {problem}" for problem in recognise_problems(experiment.score.recognise, cells)

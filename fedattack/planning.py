@@ -6,7 +6,6 @@ Job ids are a function of what is attacked and how, so planning twice gives the 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from functools import cache
 from inspect import getsourcefile
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from fedattack.config import FINAL, UNRELATED, AttackSettings, Settings
 from fedattack.errors import MissingDependency
 from fedattack.jobs import Job, save_knowledge
 from fedattack.knowledge import ORACLES, build_knowledge
-from fedattack.priors import folder_of
+from fedattack.priors import folder_of, unet_in
 from fedattack.registry import ATTACKS, DEFENSES
 from fedattack.store import (
     FederationFolder,
@@ -208,19 +207,14 @@ def _jobs(
 
 
 def _prior_digest(prior: str | None) -> str:
-    """Of its weights, "" where there are none to be had."""
-    if prior and not Path(prior).exists():
-        return _hub_digest(prior)
-    return digest_of(Path(prior)) if prior else ""
-
-
-@cache
-def _hub_digest(name: str) -> str:
-    """Of a model of the hub, which is fetched here if need be: asked for once, though hundreds of jobs are planned."""
-    try:
-        return digest_of(folder_of(name))
-    except MissingDependency:  # every job that needs it says so
+    """Of its U-Net's weights, "" where there are none on this machine: planning never waits for the hub."""
+    if not prior:
         return ""
+    try:
+        folder = folder_of(prior, fetch=False)
+    except MissingDependency:
+        return ""
+    return digest_of(unet_in(folder) or folder)
 
 
 def _prior_data(settings: Settings, prior: str | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Sources: Ho et al., DDPM, arXiv 2006.11239; Song et al., DDIM, arXiv 2010.02502,
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
@@ -103,30 +104,60 @@ def load_prior(spec: str) -> Prior:
     return Prior(_frozen(network), _task_of(scheduler, spec), (config.in_channels, height, width), spec)
 
 
-def folder_of(spec: str) -> Path:
-    """Where the files of a prior are: the folder itself, or the hub's snapshot, fetched where it is not in the cache yet.
+def folder_of(spec: str, *, fetch: bool = True) -> Path:
+    """Where the files of a prior are: the folder itself, or the hub's snapshot of them.
 
-    Raises MissingDependency where there are none.
+    fetch: from the hub where they are not in its cache yet. Raises MissingDependency where there are none.
     """
     folder = Path(spec).expanduser()
     if folder.is_dir():
         return folder
-    if "://" in spec or spec.count("/") != 1 or spec.startswith((".", "/", "~")):
+    if not on_hub(spec):
         raise MissingDependency(must("prior", "a diffusers folder or a name on the hub (owner/model)", spec))
-    return _snapshot(spec)
+    try:
+        return _fetched(spec) if fetch else _snapshot(spec, fetch=False)
+    except Exception as error:
+        raise MissingDependency(f"prior {spec!r} is no local folder and cannot be had from the hub: {error}") from error
+
+
+def on_hub(spec: str) -> bool:
+    """Whether it can only be a name on the hub."""
+    return spec.count("/") == 1 and "://" not in spec and spec[0] not in "./~" and not Path(spec).is_dir()
+
+
+def unet_in(folder: Path) -> Path | None:
+    """Where in a prior's folder the U-Net's configuration and weights are."""
+    return next((path for path in (folder / "unet", folder) if (path / "config.json").is_file()), None)
 
 
 @cache
-def _snapshot(name: str) -> Path:
-    """One revision for as long as the process lives, named by its commit."""
-    import huggingface_hub
+def _fetched(name: str) -> Path:
+    """One revision for as long as the process lives."""
+    return _snapshot(name, fetch=True)
 
-    try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-        if not any(folder.rglob("*.safetensors")):
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.bin"]))
-    except Exception as error:
-        raise MissingDependency(f"prior {name!r} is no local folder and cannot be had from the hub: {error}") from error
+
+def _snapshot(name: str, *, fetch: bool) -> Path:
+    """The hub's folder of one revision, named by its commit, with the files that a prior needs and no others.
+
+    Offline it is what an earlier call fetched. Raises what the hub raises where one of them is to be had under no name.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    commit: str | None = None
+
+    def first_of(*files: str) -> Path:
+        for file in files[:-1]:
+            with suppress(EntryNotFoundError):
+                return Path(hf_hub_download(name, file, revision=commit, local_files_only=not fetch))
+        return Path(hf_hub_download(name, files[-1], revision=commit, local_files_only=not fetch))
+
+    config = first_of("unet/config.json", "config.json")
+    inside = "unet/" if config.parent.name == "unet" else ""
+    folder = config.parent.parent if inside else config.parent
+    commit = folder.name
+    first_of("scheduler/scheduler_config.json", "scheduler_config.json")
+    first_of(*(f"{inside}diffusion_pytorch_model.{kind}" for kind in ("safetensors", "bin")))
     return folder
 
 
@@ -134,7 +165,7 @@ def _read(folder: Path, spec: str) -> tuple[Any, dict[str, Any]]:
     """The U-Net and its scheduler's configuration in a folder."""
     from diffusers import DDPMScheduler, UNet2DModel
 
-    root = next((path for path in (folder / "unet", folder) if (path / "config.json").is_file()), None)
+    root = unet_in(folder)
     if root is None:
         raise MissingDependency(must("prior", "a diffusers folder with unet/config.json or config.json", spec))
     holders = [path for path in (folder / "scheduler", folder) if (path / "scheduler_config.json").is_file()]

@@ -15,7 +15,7 @@ from fedattack.config import AttackSettings, Experiment, Settings, controls_left
 from fedattack.errors import FedattackError, MissingDependency, NotApplicable, must
 from fedattack.flooring import UNAVAILABLE, FloorRow, Floors
 from fedattack.jobs import Job, load_outcome, reconstruction_path
-from fedattack.metrics import baselines, batch_mean, matched_images, psnr_db, score, ssim
+from fedattack.metrics import NO_IMAGES, baselines, batch_mean, matched_images, psnr_db, score, ssim
 from fedattack.metrics import lpips as lpips_distance
 from fedattack.planning import cell_facts, job_id, read_truth, row_facts, updates_of, why_not_planned
 from fedattack.provenance import overlap
@@ -37,6 +37,9 @@ from fedattack.store import (
 from fedattack.types import Reconstruction
 
 Row = dict[str, Any]
+SCORED = 2
+"""Grows whenever a score's row gets a field that rows kept by earlier versions lack: those are scored again."""
+
 NO_TRUTH = "no truth was recorded (a deployment has no witness)"
 
 
@@ -121,6 +124,7 @@ def _attack_row(
         kept.exists()
         and (row := read_json(kept)).get("finished") == outcome.finished
         and row["lpips_nets"] == list(lpips)
+        and row.get("scored") == SCORED
     ):
         return dict(row)
     job = Job.load(run.jobs / f"{job_name}.json")
@@ -134,6 +138,7 @@ def _attack_row(
         "device": outcome.device,
         "finished": outcome.finished,
         "lpips_nets": list(lpips),
+        "scored": SCORED,
     }
     if outcome.status == "ok":
         found = load_reconstruction(reconstruction_path(run.results, job_name))
@@ -156,7 +161,9 @@ def _attack_row(
             if given in row["oracles"]:
                 row.pop(f"{given}_found", None)
                 row |= {accuracy: None, "missing": row["missing"] | {accuracy: f"the {given} were given"}}
-    if not any(metric.startswith("lpips") for metric in row.get("missing", {})):  # a backbone may appear later
+    missing = row.get("missing", {})
+    # a backbone of LPIPS may appear later
+    if not any(metric.startswith("lpips") and why != NO_IMAGES for metric, why in missing.items()):
         write_json(kept, finite(row))
     return row
 

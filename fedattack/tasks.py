@@ -6,6 +6,7 @@ Clients and attacks both call `simulate`, so they cannot drift apart.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, ClassVar, Literal, Protocol
@@ -163,14 +164,22 @@ class Diffusion:
         }
 
     def check_model(self, model: nn.Module, image_shape: tuple[int, ...]) -> None:
-        """Raise FedattackError where the model, which stays untouched, embeds fewer timesteps than are drawn."""
-        copies = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        some = next(tensor for tensor in copies.values() if tensor.is_floating_point())
-        last = torch.tensor([self.num_train_timesteps - 1], device=some.device)
-        try:
-            with torch.no_grad(), seeded_default_generator(0):
-                bind(model, copies)(torch.zeros(1, *image_shape, dtype=some.dtype, device=some.device), last)
-        except IndexError as error:
+        """Raise FedattackError where the model, which stays untouched, embeds timestep 0 but not the last one that is drawn."""
+        probed = deepcopy(model).eval()
+        some = next(tensor for tensor in probed.state_dict().values() if tensor.is_floating_point())
+        image = torch.zeros(1, *image_shape, dtype=some.dtype, device=some.device)
+
+        def out_of_range(timestep: int) -> IndexError | None:
+            try:
+                with torch.no_grad(), seeded_default_generator(0):
+                    probed(image, torch.tensor([timestep], device=some.device))
+            except IndexError as error:
+                return error
+            except Exception:  # whoever trains or attacks the model meets it, too
+                return None
+            return None
+
+        if (error := out_of_range(self.num_train_timesteps - 1)) and out_of_range(0) is None:
             rule = f"at most the number of timesteps that {type(model).__name__} embeds"
             raise FedattackError(must("num_train_timesteps", rule, self.num_train_timesteps)) from error
 

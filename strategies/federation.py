@@ -13,9 +13,10 @@ from flwr.serverapp.strategy import Strategy
 from fedattack.cells import build_victim, evaluate, load_splits, starting_weights
 from fedattack.checkpoints import Checkpointer, digest_of
 from fedattack.config import FINAL, Experiment, Settings
-from fedattack.errors import FedattackError
+from fedattack.errors import FedattackError, MissingDependency
 from fedattack.jobs import Job, outcome_path, torch_threads
 from fedattack.planning import job_id, plan_jobs, prepare_federation, update_context, updates_of
+from fedattack.priors import folder_of, on_hub
 from fedattack.registry import STRATEGIES
 from fedattack.seeding import derive_seed, seeded_global_generators
 from fedattack.store import (
@@ -85,6 +86,7 @@ def run_federations(
 
     `witness` asks the clients to write the truth beside the copies, which only makes sense where they share this disk.
     """
+    _fetch_priors(experiment)
     for cells in groups_of(experiment):
         folder = run.federation(cells[0].federation_id)
         if _is_done(cells[0], folder):
@@ -92,6 +94,17 @@ def run_federations(
                 _submit(cells, run, pool, path, experiment.pool.timeout_seconds)
         else:
             _run_federation(grid, cells, run, pool, experiment.pool.timeout_seconds, witness, on_round)
+
+
+def _fetch_priors(experiment: Experiment) -> None:
+    """Models of the hub that attacks will ask for, before any training; one that cannot be had fails the attacks alone."""
+    names = {cell.threat.prior for cell in experiment.cells if cell.attack}
+    for name in sorted(name for name in names if name and name != FINAL and on_hub(name)):
+        log.info("prior %s: from the hub", name)
+        try:
+            folder_of(name)
+        except MissingDependency as error:
+            log.warning("%s", error)
 
 
 def _run_federation(
@@ -370,9 +383,9 @@ def _submit(cells: Sequence[Settings], run: RunFolder, pool: AttackPool, path: P
 
 
 def _prior_changed(run: RunFolder, job: Job) -> bool:
-    """Whether an earlier run of this job had another prior than the one that is at its place now (if one is)."""
+    """Whether an earlier run of this job had another prior than the one that is at its place now (if both are known)."""
     before, now = run.jobs / f"{job.job}.json", job.facts["prior_digest"]
-    return bool(now) and before.exists() and Job.load(before).facts.get("prior_digest", now) != now
+    return bool(now) and before.exists() and (Job.load(before).facts.get("prior_digest") or now) != now
 
 
 def _forget_outcomes(cells: Sequence[Settings], run: RunFolder, path: Path) -> None:

@@ -22,6 +22,7 @@ from fedattack.report.figures import (
     load,
     look_up,
     numbers,
+    pictures,
     spread,
     table,
 )
@@ -112,7 +113,7 @@ def test_files_are_written_for_names_and_numbers(run, capsys):
 
     main([str(run), "--x", "attack", "--y", "psnr_db", "diagnostics.loss", "--by", "oracles", "--pictures"])
     main([str(run), "--x", "steps_of", "--by", "attack", "--name", "over-steps"])
-    figures = run / "figures"
+    figures = run / "figures/more"
     name = "psnr_db-over-attack-oracles"
     assert (figures / f"{name}.md").read_text().strip() in capsys.readouterr().out
     for file in (f"{name}.png", f"{name}-pictures.png", "over-steps.png"):
@@ -135,8 +136,27 @@ def test_what_is_not_there_is_named(run, tmp_path):
         main([str(run), "--x", "attack", "--y", "ssim"])
     with pytest.raises(FedattackError, match="RUN must be a run folder"):
         main([str(tmp_path), "--x", "attack"])
-    with pytest.raises(FedattackError, match="client of the pictures must be one of 0, 1, got '7'"):
-        main([str(run), "--x", "attack", "--pictures", "--client", "7"])
+
+
+def test_pictures_that_cannot_be_had_hide_no_other_reason(run, capsys):
+    main([str(run), "--x", "attack", "--y", "psnr_db", "ssim", "--pictures", "--client", "7"])
+    said = capsys.readouterr().out
+    assert "no row has a number for 'ssim'" in said
+    assert "client of the pictures must be one of 0, 1, got '7'" in said
+    assert [path.name for path in (run / "figures/more").glob("*.png")] == ["psnr_db-over-attack.png"]
+
+
+def test_an_attack_without_a_picture_takes_nobody_elses_away(run):
+    """timestep-leak makes none, and who returns too few images leaves a gap."""
+    rows = load([run])
+    gone = {**rows[0], "attack": "timestep-leak", "images": {**rows[0]["images"], "reconstruction": [None]}}
+    few = {
+        **rows[0],
+        "attack": "few",
+        "images": {**rows[0]["images"], "reconstruction": [None, "reconstruction-1.png"]},
+    }
+    pictures([gone, few, *rows], "attack", [], run / "strip.png")
+    assert (run / "strip.png").exists()
 
 
 # ------------------------------------------------------------------------------------------------ what a recipe asks for

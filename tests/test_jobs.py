@@ -29,6 +29,7 @@ from fedattack.models import build_model
 from fedattack.registry import ATTACKS
 from fedattack.seeding import derive_generator
 from fedattack.store import load_reconstruction, save_update, write_tensors
+from fedattack.tasks import Diffusion
 from fedattack.types import Knowledge, Reconstruction, Update, silent
 
 SHAPE = (1, 7, 5)
@@ -313,6 +314,33 @@ def test_timesteps_that_the_model_cannot_embed_are_told_before_the_attack(embedd
         with pytest.raises(FedattackError, match=r"num_train_timesteps must be at most the number .* embeds, got 1000"):
             run()
     assert bool(begun) == fits
+
+
+class Normed(Learned):
+    """Cannot be called with one image in training mode."""
+
+    def __init__(self, image_shape, num_classes):
+        super().__init__(image_shape, num_classes, 1000)
+        self.norm = torch.nn.BatchNorm1d(1)
+
+    def forward(self, images, timesteps):
+        return images * self.norm(self.embedding(timesteps))[:, :, None, None]
+
+
+class Broken(Learned):
+    """Has an IndexError of its own at every timestep."""
+
+    def forward(self, images, timesteps):
+        return images[:, [7]]
+
+
+def test_only_what_is_about_timesteps_is_blamed_on_them():
+    for model in (Normed(SHAPE, 1), Broken(SHAPE, 1, 5)):
+        model.train()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        Diffusion().check_model(model, SHAPE)
+        assert model.training
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_torch_threads_are_put_back():

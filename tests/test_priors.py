@@ -8,7 +8,7 @@ import torch
 from conftest import update_from
 from safetensors.torch import load_file
 
-from fedattack import priors
+from fedattack import planning, priors
 from fedattack.checkpoints import digest_of
 from fedattack.errors import FedattackError, MissingDependency
 from fedattack.models import build_model
@@ -16,11 +16,13 @@ from fedattack.priors import (
     Prior,
     ddim_step,
     draw_noises,
+    folder_of,
     load_prior,
     prior_of,
     sample,
     sampling_timesteps,
     step_bytes,
+    unet_in,
 )
 from fedattack.seeding import derive_generator
 from fedattack.tasks import Classification, Diffusion
@@ -250,7 +252,7 @@ def test_what_is_no_prior_is_refused_with_what_would_be_one(saved, tmp_path, mon
     def offline(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     with pytest.raises(MissingDependency, match=r"'owner/model' is no local folder.*no network"):
         load_prior("owner/model")
 
@@ -290,27 +292,57 @@ def test_weights_that_would_run_something_are_refused(saved, tmp_path):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
-def test_a_model_of_the_hub_is_fetched_without_what_it_does_not_need(saved, tmp_path, monkeypatch, pickled):
-    """The hub is a folder here: of a repository only files of the asked patterns come."""
+@pytest.fixture
+def hub(saved, tmp_path, monkeypatch):
+    """The hub and its cache as two folders; gives the hub's, and what was asked of the network."""
     import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    flat(saved, tmp_path / "hub", pickled)
-    (tmp_path / "hub" / "grid.png").write_bytes(b"")
-    fetched = tmp_path / "cache"
+    there, cache, asked = tmp_path / "hub", tmp_path / "cache/snapshots/commit", []
 
-    def download(name, allow_patterns):
-        assert name == "owner/model"
-        for file in (tmp_path / "hub").iterdir():
-            if any(file.match(pattern) for pattern in allow_patterns):
-                fetched.mkdir(exist_ok=True)
-                shutil.copy(file, fetched)
-        return str(fetched)
+    def download(name, filename, *, revision, local_files_only):
+        assert (name, revision in (None, "commit")) == ("owner/model", True)
+        if not (cache / filename).is_file():
+            if local_files_only:
+                raise LocalEntryNotFoundError(filename)
+            asked.append(filename)
+            if not (there / filename).is_file():
+                raise EntryNotFoundError(filename)
+            (cache / filename).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(there / filename, cache / filename)
+        return str(cache / filename)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    priors._snapshot.cache_clear()
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    priors._fetched.cache_clear()
+    yield there, asked
+    priors._fetched.cache_clear()
+
+
+@pytest.mark.parametrize("layout", ["folders", "flat", "flat-bin"])
+def test_a_model_of_the_hub_is_fetched_once_and_without_what_it_does_not_need(saved, hub, layout):
+    there, asked = hub
+    if layout == "folders":
+        shutil.copytree(saved[0], there)
+    else:
+        flat(saved, there, pickled=layout == "flat-bin")
+    (there / "ema.safetensors").write_bytes(b"")
+    with pytest.raises(MissingDependency, match="cannot be had from the hub"):
+        folder_of("owner/model", fetch=False)
     prior = load_prior("owner/model")
-    priors._snapshot.cache_clear()
     assert (prior.source, prior.task.num_train_timesteps) == ("owner/model", 50)
-    assert not (fetched / "grid.png").exists()
-    assert digest_of(fetched) == digest_of(tmp_path / "hub") != ""
+    assert "ema.safetensors" not in asked
+    before = len(asked)
+    root = unet_in(folder_of("owner/model", fetch=False))
+    assert load_prior("owner/model").image_shape == SHAPE
+    assert len(asked) == before
+    assert digest_of(root) == digest_of(there / "unet" if layout == "folders" else root) != ""
+
+
+def test_planning_asks_the_cache_and_never_the_hub(saved, hub):
+    there, asked = hub
+    flat(saved, there, pickled=False)
+    assert planning._prior_digest("owner/model") == ""
+    assert asked == []
+    folder_of("owner/model")
+    assert planning._prior_digest("owner/model") == digest_of(there) != ""
+    assert planning._prior_digest("") == planning._prior_digest(None) == ""

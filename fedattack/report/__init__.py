@@ -271,8 +271,17 @@ def _figures(drawn: Iterable[Row], run: Path) -> list[dict[str, Any]]:
     for line in drawn:
         title, files = summary.text(line, "title", "figure"), summary.names(line, "files")
         frames = [png_frame(run, file, title, file, FIGURE_PIXELS) for file in files if file.endswith(".png")]
-        found.append({"title": title, "frames": frames, "files": files, "problems": summary.names(line, "problems")})
+        tables = [text for file in files if file.endswith(".md") and (text := _read_table(run, file))]
+        problems = summary.names(line, "problems")
+        found.append({"title": title, "frames": frames, "tables": tables, "files": files, "problems": problems})
     return found
+
+
+def _read_table(run: Path, file: str) -> str:
+    """ "" where it is gone, or no file of this run."""
+    path = (run / file).resolve()
+    inside = path.is_relative_to(run.resolve()) and path.is_file()
+    return path.read_text(errors="replace") if inside else ""
 
 
 def _loss_charts(rows: Sequence[Row]) -> list[tuple[str, list[Chart]]]:

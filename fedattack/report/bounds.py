@@ -285,6 +285,11 @@ def _provisos(used: Sequence[Sequence[Floor]]) -> str:
         note += " ≤: floors that are known from one side only, which are not ranked."
     if uncounted := sum(map(_uncounted, floors)):
         note += f" Directions that are not told were not counted for {summary.count(uncounted, 'update')}."
+    if several := sum((_number(floor, "updates") or 1) > 1 for floor in floors):
+        note += (
+            f" (b) of {summary.count(several, 'update')} counts what the attacker has of the same images from earlier rounds, "
+            "which tells more whatever the model's state."
+        )
     return note
 
 

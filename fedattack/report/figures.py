@@ -24,6 +24,9 @@ Key = tuple[Any, ...]
 
 log = logging.getLogger("fedattack.report")
 
+SHOWN = ("truth", "reconstruction")
+"""What a row must have pictures of to stand in a strip: attacks that find timesteps alone have none."""
+
 
 # ------------------------------------------------------------------------------------------------ drawing
 def draw_figures(run: RunFolder, asked: Sequence[FigureSettings]) -> list[Row]:
@@ -68,9 +71,13 @@ def draw(rows: Sequence[Row], asked: FigureSettings, folder: Path) -> list[str]:
     heading = f"# {asked.title}\n\n" if asked.title else ""
     write_atomically(page, f"{heading}{table(rows, asked.x, asked.y, asked.by)}\n".encode())
     figure(rows, asked.x, shown, asked.by, chart, asked.title)
+    problems = list(lacking.values())
     if asked.pictures:
-        pictures(rows, asked.x, asked.by, strip, asked.client)
-    return list(lacking.values())
+        try:
+            pictures(rows, asked.x, asked.by, strip, asked.client)
+        except FedattackError as error:
+            problems.append(str(error))
+    return problems
 
 
 def paths_of(asked: FigureSettings, folder: Path) -> tuple[Path, Path, Path]:
@@ -243,7 +250,7 @@ def pictures(rows: Sequence[Row], x: str, by: Sequence[str], path: Path, client:
     from matplotlib.image import imread
 
     attacks = [row for row in rows if row.get("kind") == "attack" and row["status"] == "ok"]
-    shown = [row for row in attacks if (row.get("images") or {}).get("truth")]
+    shown = [row for row in attacks if all(any((row.get("images") or {}).get(kind) or ()) for kind in SHOWN)]
     clients = sorted({str(row["client"]) for row in shown})
     chosen = client or next(iter(clients), "")
     if not clients:
@@ -263,10 +270,11 @@ def pictures(rows: Sequence[Row], x: str, by: Sequence[str], path: Path, client:
             axes = page.add_subplot(len(groups), len(frames), line * len(frames) + column + 1)
             axes.set_xticks([])
             axes.set_yticks([])
-            if row is None:
+            file = row["images"][kind][0] if row is not None else None
+            if row is None or file is None:
                 axes.set_axis_off()
                 continue
-            axes.imshow(imread(row["folder"] / row["images"][kind][0]), vmin=0.0, vmax=1.0, interpolation="nearest")
+            axes.imshow(imread(row["folder"] / file), vmin=0.0, vmax=1.0, interpolation="nearest")
             psnr = numbers(row, "psnr_db")[:1] if kind == "reconstruction" else []
             axes.set_title(title if line == 0 else "", fontsize="small")
             axes.set_xlabel(f"{psnr[0]:.1f} dB" if psnr else "", fontsize="x-small")

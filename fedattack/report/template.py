@@ -317,6 +317,8 @@ is stated{% if tables|selectattr("timesteps")|list %}; the same holds for timest
 {% endfor %}
 {% for frame in block.frames %}{{ picture(frame) }}
 {% endfor %}
+{% for table in block.tables %}<details><summary>Table</summary><div class="scroll"><pre>{{ table }}</pre></div></details>
+{% endfor %}
 {% if block.files %}<p class="soft">In the run folder: {{ block.files|join(", ") }}</p>{% endif %}
 </article>
 {% endfor %}

@@ -4,8 +4,8 @@ Every registered attack climbs the same ladder of victims and settings until one
 rung that it tried, its pictures must be no better on B's image than the mean public image is: only a leak of the truth,
 or of B, could make them so.
 
-An attack that says it makes no images sees A where it finds the timesteps that A's client drew, and must show the mean public
-image itself.
+An attack that says it makes no images sees A where it finds the timesteps that A's client drew, other ones for every pair, in
+every pair, and not those that B's client drew; it must show the mean public image itself.
 """
 
 import ctypes
@@ -73,7 +73,7 @@ LADDER = [
     Rung("unet-oracles", DENOISER, 60, {**FEW, "learning_rate": 0.05}, ("noise", "timesteps")),
     Rung("unet-oracles-longer", DENOISER, 120, FEW, ("noise", "timesteps")),
     Rung("unet-oracles-longest", DENOISER, 300, {**GREY, "tv_weight": 0.01}, ("noise", "timesteps")),
-    Rung("unet-alone", DENOISER, 30, GREY, seeds=(5, 6, 7)),
+    Rung("unet-alone", DENOISER, 30, GREY, seeds=(5, 6, 9)),
 ]
 
 
@@ -150,10 +150,18 @@ def test_the_attack_sees_a_and_is_blind_to_b(name, patches):
         try:
             for a, b, seed in zip(images_a, images_b, rung.seeds, strict=True):
                 found = climb(name, rung, a, public, seed)
+                if found.represents == "timesteps" and len(set(rung.seeds)) < PAIRS:
+                    raise NotApplicable("all clients draw the same timesteps")
                 on_b = float(psnr_db(found.images, b[None]))
                 mean_on_b = float(psnr_db(mean, b[None]))
                 assert on_b <= mean_on_b + TOLERANCE_DB, f"{name} on {rung.name} knows B: {on_b:.1f} dB"
                 gains.append(gain_on_a(found, a, mean, rung.case, seed))
+                if found.represents == "timesteps":
+                    drawn = draws_of(rung.case, b, seed + PAIRS).get("timesteps", torch.tensor([-1]))
+                    assert not torch.equal(found.timesteps, drawn), f"{name} on {rung.name} knows B's timesteps"
+                    if gains[-1] < CLEARLY_DB:
+                        gains = gains[-1:]
+                        break  # a constant is right now and then, too
                 if gains[-1] < CLEARLY_DB and sum(g < CLEARLY_DB for g in gains) * 2 > PAIRS:
                     break  # this rung is lost
         except NotApplicable as reason:
@@ -177,6 +185,18 @@ def test_the_images_make_a_fair_test(patches):
         assert float(psnr_db(mean, b[None])) < 20  # and B is textured, so an attack that knew it would show
 
 
+def test_the_timesteps_make_a_fair_test(patches):
+    """No constant is right twice, and B's client never draws what A's does."""
+    images_a, images_b, _ = victims(patches)
+    (rung,) = (rung for rung in LADDER if rung.name == "unet-alone")
+    of_a = [int(draws_of(rung.case, a, seed)["timesteps"]) for a, seed in zip(images_a, rung.seeds, strict=True)]
+    of_b = [
+        int(draws_of(rung.case, b, seed + PAIRS)["timesteps"]) for b, seed in zip(images_b, rung.seeds, strict=True)
+    ]
+    assert len(set(of_a)) == PAIRS
+    assert all(a != b for a, b in zip(of_a, of_b, strict=True))
+
+
 def test_an_attack_that_peeks_is_caught(patches, monkeypatch):
     """The blindfold itself must be able to fail: the mean image is no attack, and B's image is no answer to A's update."""
     images_a, images_b, public = victims(patches)
@@ -187,8 +207,9 @@ def test_an_attack_that_peeks_is_caught(patches, monkeypatch):
         lambda a: Reconstruction(images_b[[i for i in range(PAIRS) if torch.equal(images_a[i], a)]]),  # knows B
         lambda a: Reconstruction(mean, **wrong),  # sees no timesteps
         lambda a: Reconstruction(a[None], **wrong),  # sees A, and says that it makes no images
+        lambda a: Reconstruction(mean, timesteps=torch.tensor([16]), represents="timesteps"),  # right in one pair
     ]
-    complaints = ("on no rung", "knows B", "on no rung", "nothing to show")
+    complaints = ("on no rung", "knows B", "on no rung", "nothing to show", "on no rung")
     for answer, complaint in zip(answers, complaints, strict=True):
         monkeypatch.setattr(
             sys.modules[__name__],

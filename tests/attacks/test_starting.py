@@ -66,18 +66,21 @@ def test_images_without_labels_have_no_order(monkeypatch):
 
 @dataclass(frozen=True)
 class Half:
-    """Finds two images, one twice as bright as the other, without labels."""
+    """Finds two images, one twice as bright as the other, without labels; of timesteps that it is told."""
 
     name: ClassVar[str] = "half"
     needs: ClassVar[frozenset[str]] = frozenset()
     tasks: ClassVar[frozenset[str]] = frozenset({"diffusion"})
 
+    timesteps: tuple[int, ...] = ()
+
     def reconstruct(self, update, model, task, knowledge, *, generator, progress=None):
-        return Reconstruction(torch.tensor([0.6, 0.3]).reshape(-1, 1, 1, 1).expand(-1, *SHAPE))
+        images = torch.tensor([0.6, 0.3]).reshape(-1, 1, 1, 1).expand(-1, *SHAPE)
+        return Reconstruction(images, timesteps=torch.tensor(self.timesteps) if self.timesteps else None)
 
 
 def test_images_of_a_diffusion_client_need_no_labels(make_update, patches):
-    """They have no order but that of what is drawn with them, so what another attack found of two begins a search of both."""
+    """Their order is that of their timesteps, ascending; what another attack found of two begins a search of both."""
     task = Diffusion()
     options = {"block_out_channels": (8,), "attention": (), "mid_attention": False, "norm_num_groups": 4}
     model = build_model("unet", image_shape=SHAPE, num_classes=None, seed=0, **options).double()
@@ -86,10 +89,24 @@ def test_images_of_a_diffusion_client_need_no_labels(make_update, patches):
     images, same = first_guess(f"{__name__}:Half", update, model, task, known, generator())
     torch.testing.assert_close(images[:, 0, 0, 0], torch.tensor([0.6, 0.3]))
     assert same is known
+    for timesteps, order in (("[5, 9]", [0.6, 0.3]), ("[9, 5]", [0.3, 0.6])):
+        told, _ = first_guess(f"{__name__}:Half(timesteps={timesteps})", update, model, task, known, generator())
+        torch.testing.assert_close(told[:, 0, 0, 0], torch.tensor(order))
     attack = SecondOrder(start=f"{__name__}:Half", restarts=1, iterations=2)
     found = attack.reconstruct(update, model, task, known, generator=generator())
     assert found.steps == 2
     assert (found.diagnostics["starts"], found.diagnostics["descents"]) == (1.0, 0.0)
+
+
+def test_what_is_no_image_of_the_client_begins_no_search(make_update, patches):
+    """timestep-leak's stand-in is no find, though it has the shape of one."""
+    options = {"block_out_channels": (8,), "attention": (), "mid_attention": False, "norm_num_groups": 4}
+    model = build_model("unet", image_shape=SHAPE, num_classes=None, seed=0, **options).double()
+    image = patches.test.images([3]).double()
+    update = make_update(model, image, torch.zeros(1, dtype=torch.long), task=Diffusion())
+    known = Knowledge(image_shape=SHAPE, batch_size=1)
+    with pytest.raises(NotApplicable, match=r"start 'timestep-leak' does not look for every image"):
+        first_guess("timestep-leak", update, model, Diffusion(), known, generator())
 
 
 def test_a_random_start_is_left_alone():

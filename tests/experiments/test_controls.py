@@ -17,8 +17,16 @@ from fedattack.metrics import psnr_db
 from fedattack.planning import job_id
 from fedattack.prior_training import PriorSettings, train_prior
 from fedattack.registry import format_spec
-from fedattack.scoring import score_run
-from fedattack.store import RunFolder, load_reconstruction, read_rows, read_tensors, save_reconstruction
+from fedattack.scoring import SCORED, score_run
+from fedattack.store import (
+    RunFolder,
+    load_reconstruction,
+    read_json,
+    read_rows,
+    read_tensors,
+    save_reconstruction,
+    write_json,
+)
 from fedattack.types import Control
 
 SETTINGS = {"guidance": "posterior", "sampling_steps": 4, "linearisations": 1}
@@ -273,6 +281,20 @@ def test_a_malformed_way_costs_no_scores(finished, tmp_path, broken, reason):
     assert re.match(reason, after[job]["missing"].pop("trajectory"))
     assert after[job] == {name: value for name, value in whole.items() if name != "trajectory"}
     assert all(after[other] == row for other, row in before.items() if other != job)
+
+
+def test_scores_that_an_earlier_version_kept_are_taken_again(finished, tmp_path):
+    """They lack what it did not know of; those of this version are kept as they are."""
+    run = RunFolder(shutil.copytree(finished[0].path, tmp_path / "run"))
+    job, other = [row["job"] for row in finished[1] if row["kind"] == "attack" and row["status"] == "ok"][:2]
+    for name, version in ((job, {}), (other, {"scored": SCORED})):
+        kept = read_json(run.scores / f"{name}.json")
+        kept.pop("scored")
+        write_json(run.scores / f"{name}.json", {**kept, **version, "psnr_db": [-1.0]})
+    score_run(run, load_config(run.config))
+    after = {row["job"]: row["psnr_db"] for row in read_rows(run.rows) if row.get("job") in (job, other)}
+    assert after[other] == [-1.0]
+    assert after[job] != [-1.0]
 
 
 def test_the_unrelated_update_is_another_clients_of_the_same_round(finished):

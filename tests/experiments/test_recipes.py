@@ -1,4 +1,4 @@
-"""What recipes promise: published attacks with a diffusion prior never stand without their controls."""
+"""What recipes promise: the published guidance by a diffusion prior (gg-cdm) never stands without its controls."""
 
 import tomllib
 from pathlib import Path
@@ -14,7 +14,8 @@ PRIORS = [path for path in sorted(RECIPES.glob("gg-cdm*.toml")) if path.stem != 
 @pytest.mark.parametrize("recipe", PRIORS, ids=lambda path: path.stem)
 def test_every_guidance_stands_beside_all_its_controls(recipe) -> None:
     raw = tomllib.loads(recipe.read_text()) | {"data": {"options": {"image_size": 16}}}
-    raw["case"] = raw["case"][:1]
+    for case in raw["case"]:
+        case.get("model", {}).pop("weights", None)  # of victims that are not trained here
     for cell in parse_config(raw).cells:
         guided = [attack for attack in cell.attack if attack.name == "gg-cdm" and not attack.yardstick]
         assert guided
