@@ -40,7 +40,8 @@ class GaussianMAP:
     with this as its start, fits clean updates to their rounding sooner. iterations: outer steps of L-BFGS (up to 20 steps
     each), at most, for each model and noise level. smoothing_steps: smoothed copies of a model whose modules include ReLUs,
     GELUs or SiLUs; 0: none. restarts: starts, the prior's mean first, then draws from it, until one explains the update down to
-    its noise; where that is unknown all of them are made, and the one that needs the least noise is taken.
+    its noise; where that is unknown all of them are made, and the one that needs the least noise is taken. Where known noise is
+    as loud as the update, two ways lead from each start, and the end with the larger evidence is taken (Laplace).
     """
 
     name: ClassVar[str] = "gaussian-map"

@@ -7,7 +7,8 @@ how sure the model is of its answer, and a trained one's may be ten times too la
 matched, first as if the noise were so loud that the prior has the last word, then less and less so: on smoothed copies of the
 model (attacks/smoothing.py), each narrower than the one before, or, where there is nothing to smooth or copies of a smooth
 model do not lead near, on the model itself. Copies are not the client's model, so even the client's images would leave more
-over than noise: σ is taken for so much larger there, or the images would be bent to explain that, too.
+over than noise: σ is taken for so much larger there, or the images would be bent to explain that, too. Under loud noise several
+images explain an update; the one with the most room around it is taken (attacks/evidence.py).
 """
 
 import math
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor
 
 from attacks.coefficients import Equations
+from attacks.evidence import log_det
 from attacks.image_statistics import Gaussian
 from attacks.matching import outer_steps
 from attacks.smoothing import bends, kinks, smoothed, spreads
+from fedattack.jacobians import Linearised
 
 SIGNIFICANT = 1.0
 """What an outer step must gain, in units of the noise, or the search ends."""
@@ -58,6 +61,13 @@ FOUND = 1e-3
 
 LOUDEST = 1024.0
 """As loud as that may become, in units of the update's rms."""
+
+QUIET, DIRECT = 0.25, 10
+"""Where known noise is as loud as the update a descent on the model itself begins, too, as if it were so much less. If it
+explains the update within so many outer steps it is gone on with. Ways that leave an update's size aside lead less near."""
+
+ALIKE = 0.1
+"""Ends no further apart than this, root mean square in units of the prior's spread, are one: the lower cost is taken."""
 
 DOUBT = 5.0
 """Standard deviations that a misfit may have more than noise, and still be noise."""
@@ -96,7 +106,8 @@ class Yardstick:
 
 @dataclass(frozen=True)
 class End:
-    """Where one start led. costs: −2·log posterior, without constants, of each outer step, of its model, noise and yardstick.
+    """Where one start led. costs: −2·log posterior, without constants, of each outer step, of its model, noise and yardstick;
+    cost: the last one of the way that led here.
 
     sigma: the noise, as it is known or as the residuals say; misfit: ‖y − A‖². explained: whether what is left is no more than
     noise that is known (or rounding): of what is read off the residuals nothing else can be said.
@@ -104,6 +115,7 @@ class End:
 
     w: Tensor
     costs: list[float]
+    cost: float
     sigma: float
     misfit: float
     equations: int
@@ -117,7 +129,7 @@ class End:
     @property
     def rank(self) -> tuple[float, float]:
         """Lower is better: the noise that it needs, then the cost."""
-        return (self.sigma, self.costs[-1])
+        return (self.sigma, self.cost)
 
 
 @dataclass
@@ -172,12 +184,38 @@ class Search:
             if self.sharp or self.sigma is None or self._near(w):
                 ends.append(self._settled(w + self._apart(begin), sigma, costs))
         if self._by_levels and not (ends and self._found(ends[0])):
-            self.stages = before + self._planned - self._settling - len(self.levels)
+            self.stages = before + self._planned - self._direct - self._settling - len(self.levels)
             w, sigma = self._through_levels(begin, drawn, costs)
-            self.stages = before + self._planned - self._settling
+            self.stages = before + self._planned - self._direct - self._settling
             ends.append(self._settled(w + self._apart(begin), sigma, costs))
+        if self._direct:
+            self.stages = before + self._planned - self._direct
+            ends += self._directly(begin, costs)
         self.stages = before + self._planned
-        return replace(min(ends, key=lambda end: end.rank), costs=costs)
+        return replace(self._best(ends), costs=costs)
+
+    def _best(self, ends: Sequence[End]) -> End:
+        """Of several that explain the update that with the most evidence, else the one that needs the least noise."""
+        best = min(ends, key=lambda end: end.rank)
+        explaining = [end for end in ends if end.explained]
+        if all(float((end.w - best.w).square().mean().sqrt()) <= ALIKE for end in explaining):
+            return best
+        return min(explaining, key=self._improbability)
+
+    def _improbability(self, end: End) -> float:
+        """−2·log evidence, without constants (attacks/evidence.py)."""
+        w = end.w.flatten()
+        local = Linearised.at(lambda at: self._simulated(self.equations, at.reshape(end.w.shape)) / end.sigma, w)
+        return end.cost + log_det(lambda v: local.back(local.times(v)) + v, w)
+
+    def _directly(self, begin: Tensor, costs: list[float]) -> list[End]:
+        """Where the noise as it is known leads almost from the first, if that explains the update soon; `costs` grow."""
+        w, more = self._descended(self.equations, begin, self._known(QUIET * self._least), 0.0, DIRECT)
+        costs += more
+        self.stages += 1
+        if not self._explained(self._misfit(w)):
+            return []
+        return [self._settled(w, self._least, costs)]
 
     @property
     def _by_levels(self) -> bool:
@@ -257,10 +295,17 @@ class Search:
                 break
         w, more = self._descended(self.equations, w, self._known(level), 0.0)
         costs += more
-        level = max(math.sqrt(self._misfit(w) / self._free_equations(w)), least)
-        misfit, count = self._misfit(w), len(self.equations.observed)
-        explained = misfit <= least**2 * (count + DOUBT * math.sqrt(2.0 * count))
-        return End(w, list(costs), level if self.sigma is None else least, misfit, count, explained)
+        return self._end(w, max(math.sqrt(self._misfit(w) / self._free_equations(w)), least), costs)
+
+    def _end(self, w: Tensor, level: float, costs: Sequence[float]) -> End:
+        misfit, count, least = self._misfit(w), len(self.equations.observed), self._least
+        return End(
+            w, list(costs), costs[-1], level if self.sigma is None else least, misfit, count, self._explained(misfit)
+        )
+
+    def _explained(self, misfit: float) -> bool:
+        count = len(self.equations.observed)
+        return misfit <= self._least**2 * (count + DOUBT * math.sqrt(2.0 * count))
 
     @property
     def _settling(self) -> int:
@@ -271,7 +316,13 @@ class Search:
     def _planned(self) -> int:
         """Descents of one search, at most, but for those of copies that are repeated."""
         ways = int(bool(self.copies)) + int(self._by_levels)
-        return len(self.copies) + len(self.levels) + ways * self._settling
+        return len(self.copies) + len(self.levels) + ways * self._settling + self._direct
+
+    @property
+    def _direct(self) -> int:
+        """Descents with the noise as it is known almost from the first: of updates that are no louder than their noise."""
+        loud = 2.0 * self._least**2 >= float(self.equations.observed.square().mean())
+        return 2 if self.sigma is not None and loud else 0
 
     def _apart(self, begin: Tensor) -> Tensor:
         """A little of what the images of a batch began with: louder noise may have drawn those of equal labels together."""
@@ -299,9 +350,12 @@ class Search:
         return self._off(equations, w, yardstick) + float(w.square().sum())
 
     def _descended(
-        self, equations: Equations, begin: Tensor, yardstick: Yardstick, share: float
+        self, equations: Equations, begin: Tensor, yardstick: Yardstick, share: float, patience: int = 0
     ) -> tuple[Tensor, list[float]]:
-        """The lowest point of L-BFGS and the cost after every outer step, until one gains less than noise does, or `share`."""
+        """The lowest point of L-BFGS and the cost after every outer step, until one gains less than noise does, or `share`.
+
+        patience: outer steps, if any, after which it ends unless the update is explained.
+        """
         w, best, lowest = begin.clone().requires_grad_(), begin, self._cost(equations, begin, yardstick)
         costs: list[float] = []
 
@@ -318,6 +372,8 @@ class Search:
             best, gained, lowest = w.detach().clone(), lowest - reached, reached
             costs.append(lowest)
             if gained < max(SIGNIFICANT, share * lowest):
+                break
+            if step + 1 == patience and not self._explained(self._misfit(best)):
                 break
         return best, costs or [lowest]
 

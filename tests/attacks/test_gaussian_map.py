@@ -14,7 +14,7 @@ from attacks.coefficients import Cosines, Equations
 from attacks.gaussian_map import GaussianMAP
 from attacks.image_statistics import CONTRAST, Gaussian
 from attacks.inverting_gradients import InvertingGradients
-from attacks.most_probable import Search, Yardstick
+from attacks.most_probable import End, Search, Yardstick
 from fedattack.errors import FedattackError
 from fedattack.metrics import match_batch, psnr_db
 from fedattack.seeding import derive_generator
@@ -185,9 +185,9 @@ def listen(monkeypatch) -> list[tuple[Equations, float, int]]:
     heard: list[tuple[Equations, float, int]] = []
     descended = Search._descended
 
-    def listening(search, which, begin, yardstick, share):
+    def listening(search, which, begin, yardstick, share, *patience):
         heard.append((which, yardstick.sigma, search.stages))
-        return descended(search, which, begin, yardstick, share)
+        return descended(search, which, begin, yardstick, share, *patience)
 
     monkeypatch.setattr(Search, "_descended", listening)
     return heard
@@ -231,6 +231,52 @@ def test_levels_of_noise_lead_where_copies_of_a_smooth_model_do_not(hidden, monk
     assert float((prior.coefficients(end.w[0]) - truth).norm() / truth.norm()) < 0.2
     assert in_order(heard, search)
     assert len(end.costs) > len(tried)
+
+
+@pytest.mark.parametrize(
+    ("loudness", "soon", "direct"), [(0.5, True, []), (2.0, True, [0.25, 1.0]), (2.0, False, [0.25])]
+)
+def test_under_loud_noise_the_model_itself_is_descended_too(loudness, soon, direct, monkeypatch):
+    """And given up soon where it does not explain the update."""
+    equations, copy, prior, _ = linear(copy_is_right=True, constant=0.0)
+    sigma = loudness * float(equations.observed.square().mean().sqrt())
+    noise = torch.randn(300, generator=derive_generator(1, "noise"), dtype=torch.float64)
+    equations = replace(equations, observed=equations.observed + sigma * noise)
+    if not soon:
+        monkeypatch.setattr(Search, "_explained", lambda *_: False)
+    heard = listen(monkeypatch)
+    search = Search(equations, [copy], prior, sigma, 100, silent)
+    search.run(torch.zeros(1, SIZE, dtype=torch.float64))
+    assert [level / sigma for which, level, _ in heard if which is equations] == [1.0, *direct]
+    assert search.stages == search._planned
+
+
+def slopes(monkeypatch, at: float) -> tuple[Search, list[End]]:
+    """A search and two ends: for a unit of w the update rises by 1 at the first, by 100 at the other. at: the first's cost."""
+    equations, _, prior, _ = linear(copy_is_right=True)
+    monkeypatch.setattr(
+        Search, "_simulated", lambda _, __, w: torch.where(w < 1.0, w, 1.0 + 100.0 * (w - 1.0)).flatten()
+    )
+    places = torch.zeros(1, SIZE, dtype=torch.float64), torch.full((1, SIZE), 2.0, dtype=torch.float64)
+    ends = [End(w, [cost], cost, 1.0, 300.0, 300, True) for w, cost in zip(places, (at, 0.0), strict=True)]
+    return Search(equations, (), prior, 1.0, 1, silent), ends
+
+
+def test_of_ends_that_explain_the_update_the_roomier_one_is_taken(monkeypatch):
+    """Its log determinant is lower by log(10,001 / 2) for every unknown."""
+    room = SIZE * math.log(10_001 / 2)
+    for at, better in ((room - 1.0, 0), (room + 1.0, 1)):
+        search, ends = slopes(monkeypatch, at)
+        assert search._best(ends) is ends[better]
+        assert search._improbability(ends[0]) == pytest.approx(at + SIZE * math.log(2.0))
+
+
+def test_room_is_no_matter_for_what_does_not_explain_or_is_the_same(monkeypatch):
+    search, ends = slopes(monkeypatch, 10.0)
+    assert search._best(ends) is ends[0]
+    assert search._best([replace(ends[0], explained=False), ends[1]]) is ends[1]
+    assert search._best([replace(end, explained=False) for end in ends]).w is ends[1].w
+    assert search._best([ends[0], replace(ends[1], w=ends[0].w + 0.05)]) is not ends[0]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
