@@ -49,8 +49,9 @@ WIDEST, NARROWER = 4.0, 0.5
 """The width of the first smoothed copy, in units of what its activations are given, and of others in that of the one before. At
 first a copy is nearly linear, and hardly has more than one place to end in."""
 
-ERRORS = 10.0
-"""How much more a copy may err on the client's images than on those that it finds, beyond the noise."""
+ERRORS, ERRORS_OF_KINKS = 10.0, 2.0
+"""How much more a copy may err on the client's images than on those that it finds, beyond the noise. One of a network with
+ReLUs less: taken for noisier, it leads elsewhere."""
 
 NEAR = 0.02
 """A smooth model itself is searched, without further copies, as soon as it leaves no more than this share of the update, and
@@ -260,7 +261,8 @@ class Search:
                 found, more = self._descended(copy, start, self._free(copy, sigma), EASY)
             left = self._off(copy, found, self._free(copy, 1.0)) / self._free_equations(begin)
             beyond = max(left - self._least**2, 0.0)
-            w, sigma = found, min(sigma, math.sqrt(self._least**2 + ERRORS**2 * beyond))
+            errors = ERRORS_OF_KINKS if self.sharp else ERRORS
+            w, sigma = found, min(sigma, math.sqrt(self._least**2 + errors**2 * beyond))
             costs += more
             self.stages += 1
             if not self.sharp and self._near(w):
