@@ -212,6 +212,7 @@ def figure(rows: Sequence[Row], x: str, ys: Sequence[str], by: Sequence[str], pa
     page = Figure(figsize=(6.0 * columns, 3.6 * lines + 0.5), layout="constrained")
     FigureCanvasAgg(page)
     page.suptitle(title)
+    named = set[str]()
     for number, y in enumerate(ys):
         axes = page.add_subplot(lines, columns, number + 1)
         for place, group in enumerate(groups):
@@ -235,11 +236,14 @@ def figure(rows: Sequence[Row], x: str, ys: Sequence[str], by: Sequence[str], pa
             axes.axhline(level, linestyle=style, linewidth=1, color="grey", label=f"baseline {name}")
         if not numeric:
             axes.set_xticks(range(len(xs)), [_text(value) for value in xs], rotation=20 if len(xs) > 3 else 0)
+            axes.set_xlim(-0.5, len(xs) - 0.5)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.grid(axis="y", alpha=0.3)
-        if number == 0:
+        labels = set(axes.get_legend_handles_labels()[1])
+        if labels - named:
             axes.legend(fontsize="small")
+        named |= labels
     _save(page, path)
 
 
