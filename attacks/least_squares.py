@@ -11,12 +11,15 @@ gradients on products with J and Jᵀ), `Recycled` (the same, preconditioned by 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from attacks.conjugate_gradients import Damped, conjugate_gradients, ritz, squared
+from attacks.preconditioners import RANK, Formed, Inverse, Sketch, parts, plain, solved
+from attacks.spectra import SMALL, SURE, Spectrum, column_space, numerical_rank, roots, spectrum_of
 from fedattack.jacobians import Function, Linearised, jacobian_transposed
 
 PROJECTION = 1e-3
@@ -25,18 +28,6 @@ PROJECTION = 1e-3
 PATIENCE, STALLED = 8, 0.97
 """A search is given up where the last so many trials together have not lowered ‖ρ‖² to this share; those before the first
 accepted one, which look for the damping, may be twice as many."""
-
-RENT, LEAST = 8, 32
-"""A Jacobian of n columns is formed anew once n / RENT conjugate gradients, or LEAST if that is more, were preconditioned by
-the last one: they have then cost about as much as forming it does."""
-
-SMALL, SURE, ROOTS = 1024, 1e-4, 1e-5
-"""So few unknowns have their singular values by SVD of a Jacobian in full precision. More of them from JᵀJ, where the smallest
-is at least this share of the largest: the second of a Jacobian in float32, the last in float64, ten times and more what
-rounding does to it; else by SVD all the same, which takes minutes."""
-
-LOOSE, TIGHT = 1e-2, 1e-4
-"""How exactly preconditioned conjugate gradients solve for a step: the more so the nearer the search is to its end."""
 
 SETTLED = 1e-6
 """And has ended where the last accepted step was not even expected to lower ‖ρ‖² by this share: the rest is noise."""
@@ -58,25 +49,9 @@ class Linear(Protocol):
         """‖ρ + J·d‖²."""
         ...
 
-    def spectrum(self) -> "Spectrum | None":
+    def spectrum(self) -> Spectrum | None:
         """Singular values of J, or None where there are too many."""
         ...
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Singular values, descending, of a matrix with so many rows or columns, whichever are more.
-
-    linear_rank: of the unknowns that were projected out of it.
-    """
-
-    values: Tensor
-    size: int
-    linear_rank: int = 0
-
-    @property
-    def rank(self) -> int:
-        return numerical_rank(self.values, self.size)
 
 
 class Point(Protocol):
@@ -127,7 +102,7 @@ def levenberg_marquardt(
     clamped into it. `told(iteration, cost)` hears of every trial, accepted or not.
     """
     x, point = start, at(start)
-    cost = _squared(point.residual)
+    cost = squared(point.residual)
     linear, costs = point.linear(), [cost]
     mu, factor, reason, first = damping * linear.scale, 2.0, "iterations", 0
     for iteration in range(1, iterations + 1):
@@ -142,7 +117,7 @@ def levenberg_marquardt(
                 trial = trial.clamp(*box)
                 step = trial - x
             new = at(trial)
-            after = _squared(new.residual)
+            after = squared(new.residual)
             expected = cost - linear.predicted(step)
             gain = (cost - after) / expected if math.isfinite(after) and expected > 0 else -1.0
             if after < cost and gain <= 0:  # the clamped step was not the model's best, but it is better
@@ -198,14 +173,14 @@ class DenseLinear:
         factor, failed = torch.linalg.cholesky_ex(damped)
         if int(failed):
             return None
-        step = _cholesky_solve(factor, -self.gradient)
+        step = solved(factor, -self.gradient)
         for _ in range(2):  # refinement with J itself: as good as QR, at the cost of products
             error = self.transposed @ (self.residual + step @ self.transposed) + damping * step
-            step = step - _cholesky_solve(factor, error)
+            step = step - solved(factor, error)
         return step
 
     def predicted(self, step: Tensor) -> float:
-        return _squared(self.residual + step @ self.transposed)
+        return squared(self.residual + step @ self.transposed)
 
     def spectrum(self) -> Spectrum | None:
         return spectrum_of(self.transposed, self.linear_rank)
@@ -230,192 +205,87 @@ class Dense:
 
 
 # ---------------------------------------------------------------------------------------------------- matrix-free
-@dataclass(frozen=True)
-class _Damped:
-    """What conjugate gradients found: argmin ‖ρ + J·d‖² + Σ damping·d², or as near as they came. finished: near enough.
-
-    lengths, ratios: of their steps, by which `_ritz` estimates singular values.
-    """
-
-    step: Tensor
-    finished: bool
-    lengths: list[float]
-    ratios: list[float]
-
-    @staticmethod
-    def of(
-        local: Linearised,
-        gradient: Tensor,
-        damping: float | Tensor,
-        most: int,
-        enough: float,
-        inverse: Callable[[Tensor], Tensor] = lambda vector: vector,
-        step: Tensor | None = None,
-    ) -> "_Damped":
-        """CGLS (Hestenes and Stiefel 1952), from `step` or 0, until s·inverse(s) ≤ enough for the slope s that is left.
-
-        inverse: about (JᵀJ + damping)⁻¹; s·inverse(s) then is about what ‖ρ + J·d‖² + Σ damping·d² can still fall by.
-        gradient: Jᵀ·ρ.
-        """
-        if step is None:
-            step, left, slope = torch.zeros_like(gradient), -local.value, -gradient
-        else:
-            left = -local.value - local.times(step)
-            slope = local.back(left) - damping * step
-        direction = inverse(slope)
-        size = float(slope @ direction)
-        lengths: list[float] = []
-        ratios: list[float] = []
-        while enough < size < math.inf and len(lengths) < most:
-            image = local.times(direction)
-            length = size / (_squared(image) + float((damping * direction.square()).sum()))
-            step = step + length * direction
-            left = left - length * image
-            slope = local.back(left) - damping * step
-            ahead = inverse(slope)
-            before, size = size, float(slope @ ahead)
-            direction = ahead + (size / before) * direction
-            lengths.append(length)
-            ratios.append(size / before)
-        return _Damped(step, size <= enough, lengths, ratios)
-
-
 @dataclass
 class MatrixFreeLinear:
-    """Products with J and Jᵀ only. solve() is CGLS, stopped at a relative residual of `precision`.
+    """Products with J and Jᵀ only. solve() is CGLS of `inner` steps at most, stopped at a relative slope of `precision`.
 
-    extremes: estimates of the largest and smallest singular value of J from the latest solve; the true ones lie outside, by
-    as much as that solve was cut short.
+    sketch: preconditions it; it is made (anew) once twice as many steps were taken since the last time as it costs products.
+    extremes: estimates of the largest and smallest singular value of J from the search's latest solve that nothing
+    preconditioned; the true ones lie outside, by as much as that solve was cut short.
     """
 
     local: Linearised
     gradient: Tensor
     inner: int
     precision: float
+    x: Tensor
+    sketch: Sketch | None = None
     extremes: tuple[float, float] = (0.0, 0.0)
 
     @property
     def scale(self) -> float:
         norm = float(self.gradient.norm())
-        return _squared(self.local.times(self.gradient / norm)) if norm > 0 else 0.0
+        return squared(self.local.times(self.gradient / norm)) if norm > 0 else 0.0
 
     def solve(self, damping: float) -> Tensor | None:
-        enough = self.precision**2 * _squared(self.gradient)
-        found = _Damped.of(self.local, self.gradient, damping, self.inner, enough)
-        self.extremes = _ritz(found.lengths, found.ratios, damping)
-        return found.step
+        step: Tensor | None = None
+        inverse: Inverse
+        left, sketch = self.inner, self.sketch
+        while left > 0:
+            most, inverse = left, plain
+            if sketch is not None:
+                if sketch.place is not self.x and sketch.spent >= 2 * RANK:
+                    sketch.form(self.local, self.x)
+                if sketch.place is not self.x:
+                    most = min(left, 2 * RANK - sketch.spent)
+                inverse = sketch.inverse(damping)
+            enough = self.precision**2 * float(self.gradient @ inverse(self.gradient))
+            found = Damped.of(self.local, self.gradient, damping, most, enough, inverse, step)
+            if inverse is plain and step is None:
+                self.extremes = ritz(found.lengths, found.ratios, damping)
+                if sketch is not None:
+                    sketch.extremes = self.extremes
+            step, left = found.step, left - max(1, len(found.lengths))
+            if sketch is not None:
+                sketch.spent += len(found.lengths)
+            if found.finished or not found.lengths:
+                break
+        return step
 
     def predicted(self, step: Tensor) -> float:
-        return _squared(self.local.value + self.local.times(step))
+        return squared(self.local.value + self.local.times(step))
 
     def spectrum(self) -> Spectrum | None:
         return None
 
 
-def _ritz(lengths: list[float], ratios: list[float], damping: float) -> tuple[float, float]:
-    """Extreme singular values of J from conjugate gradients on JᵀJ + damping, which is Lanczos' method in disguise.
-
-    Source: Golub and Van Loan, Matrix Computations, 4th ed., section 11.3: T_kk = 1/α_k + β_{k−1}/α_{k−1},
-    T_{k,k+1} = √β_k/α_k.
-    """
-    if not lengths or not all(map(math.isfinite, (*lengths, *ratios))):
-        return 0.0, 0.0
-    inverse = 1.0 / torch.tensor(lengths, dtype=torch.float64)
-    beta = torch.tensor(ratios[:-1], dtype=torch.float64)
-    diagonal = inverse.clone()
-    diagonal[1:] += beta * inverse[:-1]
-    beside = beta.sqrt() * inverse[:-1]
-    values = torch.linalg.eigvalsh(torch.diag(diagonal) + torch.diag(beside, 1) + torch.diag(beside, -1)) - damping
-    return float(values[-1].clamp_min(0.0).sqrt()), float(values[0].clamp_min(0.0).sqrt())
-
-
 @dataclass(frozen=True)
 class MatrixFree:
-    """ρ at x, written in plain autograd; J is never formed. Each step takes up to `inner` conjugate gradients."""
+    """ρ at x, written in plain autograd; J is never formed. Each step takes up to `inner` conjugate gradients.
+
+    sketch: of the whole search, preconditions them; None: nothing does.
+    """
 
     function: Function
     x: Tensor
     residual: Tensor
     inner: int
+    sketch: Sketch | None = None
 
     @staticmethod
-    def at(function: Function, x: Tensor, inner: int) -> "MatrixFree":
+    def at(function: Function, x: Tensor, inner: int, sketch: Sketch | None = None) -> "MatrixFree":
         with torch.no_grad():
-            return MatrixFree(function, x, function(x), inner)
+            return MatrixFree(function, x, function(x), inner, sketch)
 
     def linear(self) -> MatrixFreeLinear:
         local = Linearised.at(self.function, self.x)
         # the inner problem is solved more exactly as the outer one converges (Eisenstat and Walker 1996)
-        precision = min(0.1, float(local.value.norm()))
-        return MatrixFreeLinear(local, local.back(local.value), self.inner, max(precision, 1e-8))
+        precision = max(min(0.1, float(local.value.norm())), 1e-8)
+        extremes = (0.0, 0.0) if self.sketch is None else self.sketch.extremes
+        return MatrixFreeLinear(local, local.back(local.value), self.inner, precision, self.x, self.sketch, extremes)
 
 
 # ---------------------------------------------------------------------------------------------------- recycled
-@dataclass
-class Formed:
-    """JᵀJ where a search formed it last, which preconditions the points that follow.
-
-    place: the unknowns there. spent: iterations since then. gram is None before the first, and where J is not finite or zero.
-    """
-
-    gram: Tensor | None = None
-    place: Tensor | None = None
-    spent: int = 0
-
-    def form(self, function: Function, x: Tensor, chunk: int) -> None:
-        """In float32: exactly enough for a preconditioner, and two to four times as fast; where that is not enough, as x is."""
-        self.gram, self.place, self.spent = None, x, 0
-        cudnn = torch.backends.cudnn
-        for at in (x.float(), x):
-            with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
-                rows = jacobian_transposed(function, at, chunk).to(x)
-            gram = rows @ rows.T
-            if bool(gram.isfinite().all()) and bool(gram.any()):
-                self.gram = gram
-                break
-
-    def inverse(self, damping: float | Tensor, first: int = 0) -> Callable[[Tensor], Tensor] | None:
-        """(JᵀJ + damping)⁻¹ for the unknowns from `first` on, or None where that is not to be had."""
-        if self.gram is None:
-            return None
-        damped = self.gram[first:, first:].clone()
-        damped.diagonal().add_(damping)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        return None if int(failed) else partial(_cholesky_solve, factor)
-
-    @property
-    def least(self) -> float:
-        """So little damping that it only keeps a singular matrix from being one."""
-        return 0.0 if self.gram is None else 10 * torch.finfo(self.gram.dtype).eps * float(self.gram.diagonal().max())
-
-    def solve(
-        self,
-        local: Linearised,
-        gradient: Tensor,
-        damping: float | Tensor,
-        here: Tensor,
-        form: Callable[[], None],
-    ) -> Tensor | None:
-        """argmin ‖ρ + J·d‖² + Σ damping·d²; form() forms J `here`, which is done where the last one was used long enough."""
-        rent = max(LEAST, len(gradient) // RENT)
-        precision = max(TIGHT, min(LOOSE, float(local.value.norm())))
-        step = None
-        for _ in range(2):
-            if self.place is not here and (self.gram is None or self.spent >= rent):
-                form()
-            inverse = self.inverse(damping)
-            if inverse is None:
-                return None
-            most = rent if self.place is here else rent - self.spent
-            enough = precision**2 * float(gradient @ inverse(gradient))
-            found = _Damped.of(local, gradient, damping, most, enough, inverse, step)
-            self.spent += len(found.lengths)
-            step = found.step
-            if found.finished:
-                break
-        return step
-
-
 @dataclass(frozen=True)
 class Recycled:
     """ρ at x with every equation; J, of a few random sums of them, is formed at some points only.
@@ -440,11 +310,10 @@ class Recycled:
         self.formed.form(self.sketched, self.x, self.chunk)
 
     def linear(self) -> "RecycledLinear":
-        if self.formed.gram is None:
+        if not self.formed.grams:
             self.form()
-        scale = 0.0 if self.formed.gram is None else float(self.formed.gram.diagonal().max())
         local = Linearised.at(self.whole, self.x)
-        return RecycledLinear(self, local, local.back(local.value), scale)
+        return RecycledLinear(self, local, local.back(local.value), self.formed.scale)
 
 
 @dataclass(frozen=True)
@@ -460,18 +329,28 @@ class RecycledLinear:
         return self.point.formed.solve(self.local, self.gradient, damping, self.point.x, self.point.form)
 
     def predicted(self, step: Tensor) -> float:
-        return _squared(self.local.value + self.local.times(step))
+        return squared(self.local.value + self.local.times(step))
 
     def spectrum(self) -> Spectrum | None:
-        """Of many unknowns from JᵀJ as it is formed in float32 here, if that is enough to tell the rank."""
+        return self.spectra()[0] if self.point.formed.whole else None
+
+    def spectra(self) -> list[Spectrum | None]:
+        """Of the columns of each group of unknowns; None where they are not finite.
+
+        Of many unknowns from JᵀJ as it is formed in float32 here, if that is enough to tell the rank.
+        """
         point, formed = self.point, self.point.formed
-        if len(point.x) > SMALL and point.x.dtype == torch.float64:
-            if formed.place is not point.x:
-                point.form()
-            values = None if formed.gram is None else _roots(formed.gram)
+        quick = len(point.x) > SMALL and point.x.dtype == torch.float64
+        if quick and formed.place is not point.x:
+            point.form()
+        found: list[Spectrum | None] = []
+        for number, (function, x) in enumerate(parts(point.sketched, point.x, formed.groups)):
+            values = roots(formed.grams[number]) if quick and formed.grams else None
             if values is not None and bool(values[-1] > SURE * values[0]):
-                return Spectrum(values, len(values))
-        return spectrum_of(jacobian_transposed(point.sketched, point.x, point.chunk))
+                found.append(Spectrum(values, len(values)))
+            else:
+                found.append(spectrum_of(jacobian_transposed(function, x, point.chunk)))
+        return found
 
 
 # ---------------------------------------------------------------------------------------------------- projected
@@ -553,16 +432,16 @@ class ProjectedFree:
             return local.back(vector)[known:]
 
         used = formed
-        if formed is not None and formed.gram is None:
-            used = Formed()  # not to be kept: where y is 0, x changes nothing
+        if formed is not None and not formed.grams:
+            used = Formed(formed.groups)  # not to be kept: where y is 0, x changes nothing
             used.form(sketched, z, chunk)
         inverse = None if used is None else used.inverse(used.least, known)
         if used is None or inverse is None:
             change, residual = conjugate_gradients(times, back, local.value, inner, PROJECTION)
         else:
             inside = Linearised(local.value, times, back)
-            enough = PROJECTION**2 * _squared(local.value)
-            found = _Damped.of(inside, back(local.value), 0.0, inner, enough, inverse)
+            enough = PROJECTION**2 * squared(local.value)
+            found = Damped.of(inside, back(local.value), 0.0, inner, enough, inverse)
             used.spent += len(found.lengths)
             change, residual = found.step, local.value + times(found.step)
         return ProjectedFree(whole, sketched, x, latest.y + change, residual, chunk, inner, latest, formed)
@@ -600,7 +479,7 @@ class ProjectedFreeLinear:
         step = self._free(damping) if self.point.formed is None else self._preconditioned(damping, self.point.formed)
         if step is None:
             return None
-        self.left = _squared(self.local.value + self.local.times(step))
+        self.left = squared(self.local.value + self.local.times(step))
         self.point.latest.y = self.point.linear_unknowns + step[known:]
         return step[:known]
 
@@ -610,7 +489,7 @@ class ProjectedFreeLinear:
         def form() -> None:
             formed.form(point.sketched, point.both, point.chunk)
 
-        if formed.gram is None:
+        if not formed.grams:
             form()
         dampings = torch.cat([torch.full_like(point.x, damping), torch.full_like(point.linear_unknowns, formed.least)])
         return formed.solve(self.local, self.local.back(self.local.value), dampings, point.both, form)
@@ -642,47 +521,17 @@ class ProjectedFreeLinear:
         return self.left
 
     def spectrum(self) -> Spectrum | None:
-        """Of J for x with y projected out, formed whole this once; None where no Jacobian is to be formed."""
+        """Of J for x with y projected out, formed whole this once; None where no Jacobian is to be formed whole."""
         point = self.point
-        if point.formed is None:
+        if point.formed is None or not point.formed.whole:
             return None
         transposed = jacobian_transposed(point.sketched, point.both, point.chunk)
         if not bool(transposed.isfinite().all()):
             return None
         moved, linear = transposed[: len(point.x)], transposed[len(point.x) :]
-        basis, values = _range(linear.T)
+        basis, values = column_space(linear.T)
         basis = basis[:, : (rank := numerical_rank(values, max(linear.shape)))]
         return spectrum_of(moved - (moved @ basis) @ basis.T, rank)
-
-
-def conjugate_gradients(
-    times: Callable[[Tensor], Tensor],
-    back: Callable[[Tensor], Tensor],
-    residual: Tensor,
-    most: int,
-    precision: float,
-) -> tuple[Tensor, Tensor]:
-    """(z, residual + J·z) that minimises ‖residual + J·z‖, by CGLS (Hestenes and Stiefel 1952), from z = 0.
-
-    Ends where ‖Jᵀ·r‖ ≤ precision·‖J‖·‖r‖ (the rule of LSQR, Paige and Saunders 1982), or after `most` iterations.
-    """
-    left = -residual
-    slope = back(left)
-    z, direction, size, norm = torch.zeros_like(slope), slope, _squared(slope), 0.0
-    for _ in range(most):
-        if size == 0 or not math.isfinite(size):
-            break
-        image = times(direction)
-        squared = _squared(image)
-        norm = max(norm, math.sqrt(squared / _squared(direction)))
-        z = z + (size / squared) * direction
-        left = left - (size / squared) * image
-        slope = back(left)
-        before, size = size, _squared(slope)
-        if math.sqrt(size) <= precision * norm * float(left.norm()):
-            break
-        direction = slope + (size / before) * direction
-    return z, -left
 
 
 def _least_squares(matrix: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -695,44 +544,3 @@ def _least_squares(matrix: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, int]
     rank = numerical_rank(values, max(matrix.shape))
     basis = q @ u[:, :rank]
     return basis, vh[:rank].T @ ((basis.T @ wanted) / values[:rank]), rank
-
-
-def _range(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors of a tall matrix, and its singular values, descending."""
-    q, r = torch.linalg.qr(matrix)
-    u, values, _ = torch.linalg.svd(r)
-    return q @ u, values
-
-
-def spectrum_of(transposed: Tensor, linear_rank: int = 0) -> Spectrum | None:
-    """As exact as the rank demands (see SMALL); None where the matrix is not finite."""
-    if not bool(transposed.isfinite().all()):
-        return None
-    size = max(transposed.shape)
-    if len(transposed) > SMALL:
-        roots = _roots(transposed.double() @ transposed.double().T)
-        if bool(roots[-1] > ROOTS * roots[0]):
-            return Spectrum(roots.to(transposed), size, linear_rank)
-    return Spectrum(torch.linalg.svdvals(transposed), size, linear_rank)
-
-
-def _roots(gram: Tensor) -> Tensor:
-    values: Tensor = torch.linalg.eigvalsh(gram)
-    return values.clamp_min(0.0).sqrt().flip(0)
-
-
-def numerical_rank(values: Tensor, size: int, precision: float | None = None) -> int:
-    """How many singular values stand above the rounding of a matrix with so many rows."""
-    if len(values) == 0:
-        return 0
-    precision = torch.finfo(values.dtype).eps * size if precision is None else precision
-    return int((values > precision * values[0]).sum())
-
-
-def _cholesky_solve(factor: Tensor, right: Tensor) -> Tensor:
-    solved: Tensor = torch.cholesky_solve(right[:, None], factor)[:, 0]
-    return solved
-
-
-def _squared(vector: Tensor) -> float:
-    return float(vector.square().sum())

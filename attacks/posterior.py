@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from attacks.coefficients import Equations
-from attacks.least_squares import Dense, MatrixFree, Point, conjugate_gradients, levenberg_marquardt
+from attacks.conjugate_gradients import conjugate_gradients
+from attacks.least_squares import Dense, MatrixFree, Point, levenberg_marquardt
 from attacks.most_probable import DOUBT, Search
 from fedattack.errors import NotApplicable
 from fedattack.jacobians import Linearised, jacobian_transposed

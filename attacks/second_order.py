@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from attacks.labels import infer_labels
-from attacks.least_squares import Dense, Formed, MatrixFree, Point, Recycled, Solution
+from attacks.least_squares import Dense, MatrixFree, Point, Recycled, Solution
 from attacks.noise import mean_difference, variation_rows
+from attacks.preconditioners import Formed, Sketch
 from attacks.second_order_noise import search_noisy
 from attacks.second_order_search import (
     EQUATIONS,
@@ -170,7 +171,7 @@ def _search_images(case: Case) -> Reconstruction:
     attack, problem = case.attack, case.views[0].problem
     variable = problem.unknown["images"]
     unknowns = math.prod(variable.shape)
-    dense = unknowns <= attack.dense_limit
+    groups = attack.groups(variable.shape)
     starts = case.starts()["images"].reshape(attack.restarts, -1)
     sharp = kinks(problem.model)
     widths = SMOOTHING if sharp and attack.smoothing_iterations > 0 else ()
@@ -191,19 +192,17 @@ def _search_images(case: Case) -> Reconstruction:
         return torch.cat(rows)
 
     def stepper(views: Sequence[View]) -> Callable[[Tensor], Point]:
-        few = [view.sketched(attack.kept(unknowns), case.generator) for view in views] if dense else []
-        rough, formed = [view.to(torch.float32) for view in few], Formed()
+        if groups is None:
+            sketch = Sketch(case.generator)
+            return lambda x: MatrixFree.at(partial(function, views), x, attack.inner_steps, sketch)
+        kept = attack.kept(len(groups[0]) if groups else unknowns)
+        few = [view.sketched(kept, case.generator) for view in views]
+        rough, formed = [view.to(torch.float32) for view in few], Formed([group.to(starts.device) for group in groups])
 
         def sketched(x: Tensor) -> Tensor:
             return function(rough if x.dtype == torch.float32 else few, x, transformable=True)
 
-        def at(x: Tensor) -> Point:
-            whole = partial(function, views)
-            if dense:
-                return Recycled.at(whole, sketched, x, chunk_of(case.count), formed)
-            return MatrixFree.at(whole, x, attack.inner_steps)
-
-        return at
+        return lambda x: Recycled.at(partial(function, views), sketched, x, chunk_of(case.count), formed)
 
     def search(brief: Options, views: Sequence[View], start: Tensor, told: Told) -> Solution:
         return searched(brief, stepper(views), start, told, box)

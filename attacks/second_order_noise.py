@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp
 
-from attacks.least_squares import Formed, Latest, Point, Projected, ProjectedFree, Solution
+from attacks.least_squares import Latest, Point, Projected, ProjectedFree, Solution
 from attacks.matching import Problem
 from attacks.noise import differences, variation_slopes
+from attacks.preconditioners import Formed
 from attacks.second_order_search import (
     EQUATIONS,
     NEAR,
@@ -75,7 +76,8 @@ def search_noisy(case: Case) -> Reconstruction:
     starts = case.starts()
     dense = pixels <= min(attack.dense_limit, PROJECTED)
     whole = case.views[0]
-    kept = attack.kept(2 * pixels)
+    groups = attack.groups(shape, copies=2)
+    kept = attack.kept(len(groups[0]) if groups else 2 * pixels)
     if dense:  # the search itself is sketched: see `sketch`
         kept = max(EQUATIONS, JACOBIAN // (2 * pixels)) if case.noise > 0 else attack.kept(8 * pixels)
     few = whole.sketched(kept, case.generator)
@@ -129,7 +131,8 @@ def search_noisy(case: Case) -> Reconstruction:
         return lambda x: Projected.at(rows, function, x, chunk_of(case.count))
 
     def free_at(slopes: Tensor, latest: Latest) -> Callable[[Tensor], Point]:
-        formed, rough = Formed() if pixels <= attack.dense_limit else None, few.to(torch.float32)
+        formed = None if groups is None else Formed([group.to(signal.device) for group in groups])
+        rough = few.to(torch.float32)
 
         def both(z: Tensor) -> Tensor:
             return residual(whole, slopes, z[:pixels], z[pixels:], transformable=False)

@@ -4,7 +4,7 @@ The searches: `attacks.second_order` where the images alone are unknown, `attack
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 
@@ -17,7 +17,9 @@ from attacks.least_squares import (
     MatrixFree,
     MatrixFreeLinear,
     Point,
+    Projected,
     ProjectedFree,
+    Recycled,
     Solution,
     levenberg_marquardt,
 )
@@ -54,6 +56,10 @@ NOISE = 1e-2
 EQUATIONS = 4096
 """A sketch keeps at least so many: they are cheap."""
 
+EXACT = 1e-3
+"""Root mean square of the pixels' last step below which an image counts as exact: 60 dB. A cost alone does not tell where a
+Jacobian is so badly conditioned that the update hardly depends on some contrasts."""
+
 ENTRIES = 1 << 24
 """How many numbers one chunk of Jacobian columns may hold."""
 
@@ -66,14 +72,17 @@ class Options:
     certified. A cost is ‖simulated − observed‖²/‖observed‖² in the weights of the search: 1 for silence, 0 for a perfect
     match. weights: "entries" (all alike), "layers" (each divided by its norm, so that all layers count the same) or
     "balanced" between them. certified: the cost, in "layers" weights whatever the search had, below which (with as many
-    independent equations as unknowns; beyond dense_limit, unknown noise counted, or without `spectrum`, independence is not
-    checked) a result is called exact.
+    independent equations as unknowns; beyond dense_limit, unknown noise counted, only of every image alone, if at all; without
+    `spectrum` not) a result is called exact; where images alone are unknown, only if an undamped step would move their pixels
+    by less than 0.001 (rms; `step_left`).
     start: "grey", "normal" or "uniform", see Problem.start; or an attack such as "r-conv", whose result is the first start
     (of models with ReLUs the second too, slightly smoothed; the others are grey). box: images are clamped to [0, 1] at the
     "end" or after each "step". damping: of the first step, in units of the largest diagonal entry of JᵀJ. sketch: equations
     kept for each unknown in the Jacobians that precondition the steps, 0 for all, never fewer than 4,096 (with unknown noise in
-    at most 512 pixels the search itself keeps four times as many: with fewer, most get stuck). dense_limit: unknown pixels
-    beyond which no Jacobian is formed and each step takes up to `inner_steps` plain conjugate gradients.
+    at most 512 pixels the search itself keeps four times as many: with fewer, most get stuck). dense_limit: so many unknown
+    pixels have their Jacobian formed at once; of a batch with more, each image has its own block, one after another; of images
+    with more, none is formed, and each step takes up to `inner_steps` conjugate gradients, which a sketch of the largest
+    eigenvalues preconditions (with unknown noise nothing does).
     descent_iterations: a tenth (where noise is unknown a fifth) of the outer steps of L-BFGS that a start may take before it is
     searched (up to 20 steps each, as in DLG), of one clean update of a model without ReLUs, from random starts. It takes fewer
     where it comes close, or where ten of them gain less than 10 %. Starts that it brought near, below 1e-3 of their first cost,
@@ -87,8 +96,8 @@ class Options:
     attacks/switching.py); 0: none. For one clean update of one step on all images.
     translations: where a search or a descent of a clean update has stalled: further ones, at most, each as long, from its end
     with one image moved by a few pixels (see attacks/translations.py); 0: none.
-    spectrum: whether rank and condition number are computed at the end (beyond dense_limit only a lower bound of the condition
-    number, from the conjugate gradients).
+    spectrum: whether rank and condition number are computed at the end (beyond dense_limit only bounds: `rank_at_most`, the
+    sum of the images' own ranks, and `condition_at_least`, from their blocks or from conjugate gradients).
 
     sigma: standard deviation of Gaussian noise on every entry of the (pseudo-)gradient; None: what the known defense says,
     else none. With noise the whitened problem is solved, all equations kept as far as memory allows, with a total-variation
@@ -130,6 +139,18 @@ class Options:
                 raise FedattackError(must(name, "zero or positive", value))
         if not 0 < self.gates <= 1:
             raise FedattackError(must("gates", "a share above 0, at most 1", self.gates))
+
+    def groups(self, shape: Sequence[int], copies: int = 1) -> list[Tensor] | None:
+        """Which unknowns a Jacobian is formed of at once: all (an empty list), each image's (B,C,H,W), or None: it is not.
+
+        copies: how many unknowns there are for a pixel, one whole batch behind the other.
+        """
+        count, pixels = shape[0], math.prod(shape[1:])
+        if count * pixels <= self.dense_limit:
+            return []
+        if count == 1 or pixels > self.dense_limit:
+            return None
+        return list(torch.arange(copies * count * pixels).reshape(copies, count, pixels).transpose(0, 1).flatten(1))
 
     def kept(self, unknowns: int) -> int:
         """How many equations a sketch keeps; 0: all."""
@@ -419,7 +440,8 @@ def multistart(
             break
     cost, solution, guess = min(ends, key=lambda end: end[0])
     equations = sum(view.equations.count for view in case.views)
-    dense = not isinstance(solution.point, MatrixFree | ProjectedFree)
+    blocks = solution.point if isinstance(solution.point, Recycled) and not solution.point.formed.whole else None
+    dense = blocks is None and not isinstance(solution.point, MatrixFree | ProjectedFree)
     diagnostics = {
         "loss": cost,
         "iterations": float(len(solution.costs) - 1),
@@ -438,6 +460,8 @@ def multistart(
     formed = dense or (isinstance(solution.point, ProjectedFree) and unknowns <= attack.dense_limit)
     spectrum = solution.point.linear().spectrum() if attack.spectrum and formed else None
     determined = unknowns <= case.count and not (attack.spectrum and formed and spectrum is None)
+    if blocks is not None and attack.spectrum:
+        determined = _determined(blocks, unknowns, diagnostics) and determined
     if spectrum is None:
         determined = determined and case.every_image_matters(guess)
     elif len(spectrum.values) > 0:
@@ -453,6 +477,9 @@ def multistart(
         largest, smallest = solution.linear.extremes
         if smallest > 0:
             diagnostics["condition_at_least"] = largest / smallest
+    if case.noise == 0 and not isinstance(solution.point, Projected | ProjectedFree):
+        diagnostics["step_left"] = _step_left(solution)
+        determined = determined and diagnostics["step_left"] <= EXACT
     diagnostics["certified"] = float(cost <= attack.certified and determined)
     found = problem.estimate(guess)
     return Reconstruction(
@@ -465,3 +492,28 @@ def multistart(
         seconds=perf_counter() - case.begun,
         diagnostics=diagnostics,
     )
+
+
+def _step_left(solution: Solution) -> float:
+    """Root mean square of what Gauss-Newton would still change; infinite where there is no such step."""
+    linear = solution.point.linear()
+    step = linear.solve(10 * torch.finfo(solution.x.dtype).eps * linear.scale)
+    return math.inf if step is None or not bool(step.isfinite().all()) else float(step.square().mean().sqrt())
+
+
+def _determined(point: Recycled, unknowns: int, diagnostics: dict[str, float]) -> bool:
+    """Whether each image would be determined if the others were known: as much as the blocks of its Jacobian tell.
+
+    Of all images the rank is at most the sum of theirs, and the condition number at least the largest singular value of any
+    over the smallest of any.
+    """
+    spectra = point.linear().spectra()
+    known = [spectrum for spectrum in spectra if spectrum is not None]
+    if len(known) < len(spectra):
+        return False
+    rank = sum(spectrum.rank for spectrum in known)
+    largest, smallest = (pick(float(s.values[at]) for s in known) for pick, at in ((max, 0), (min, -1)))
+    diagnostics["rank_at_most"] = float(rank)
+    if smallest > 0:
+        diagnostics["condition_at_least"] = largest / smallest
+    return rank == unknowns

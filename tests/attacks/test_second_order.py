@@ -8,21 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from attacks import least_squares, second_order
+from attacks.conjugate_gradients import Damped, conjugate_gradients
 from attacks.equations import Equations
 from attacks.least_squares import (
-    LEAST,
     Dense,
     End,
-    Formed,
     Latest,
     MatrixFree,
     Projected,
     ProjectedFree,
     Recycled,
-    conjugate_gradients,
     levenberg_marquardt,
 )
 from attacks.matching import pose
+from attacks.preconditioners import LEAST, Formed, Sketch, plain
 from attacks.second_order import SecondOrder
 from attacks.second_order_search import Case, Descent, View, nearest_first, searched
 from fedattack.errors import FedattackError, NotApplicable
@@ -213,10 +212,10 @@ def test_a_jacobian_formed_once_serves_the_points_around():
     sums = torch.randn(120, 400, generator=generator("sums"), dtype=torch.float64)
     x, formed = torch.full((40,), 0.3, dtype=torch.float64), Formed()
     Recycled.at(_stretched, lambda x: sums.to(x) @ _stretched(x), x + 0.02, 8, formed).form()
-    gram = formed.gram
+    (gram,) = formed.grams
     linear = Recycled.at(_stretched, lambda x: sums.to(x) @ _stretched(x), x, 8, formed).linear()
     exact = Dense.at(_stretched, x, 8).linear()
-    assert formed.gram is gram
+    assert formed.grams[0] is gram
     for damping in (1e-2, 1e-4):
         step, best = linear.solve(damping), exact.solve(damping)
         assert step is not None
@@ -226,8 +225,123 @@ def test_a_jacobian_formed_once_serves_the_points_around():
         start = float(linear.local.value.square().sum())
         assert off - least < 1e-3 * (start - least)
         torch.testing.assert_close(linear.predicted(step), exact.predicted(step))
-    assert formed.gram is gram
+    assert formed.grams[0] is gram
     assert 0 < formed.spent < LEAST
+
+
+def _two_images(x: Tensor) -> Tensor:
+    """Two images of 20 unknowns each, whose equations are the same sums: a condition number of 1e3, mostly within each."""
+    mixing = torch.randn(400, 40, generator=generator("two"), dtype=torch.float64).to(x)
+    bent = x + 0.5 * x.square() - 0.105
+    return mixing @ (torch.logspace(0, -3, 20, dtype=torch.float64).to(x).repeat(2) * bent)
+
+
+def test_blocks_of_a_jacobian_do_for_a_batch():
+    """Steps are those of the whole Jacobian, of which only each image's own block was formed, and from few products."""
+    x, groups = torch.full((40,), 0.3, dtype=torch.float64), list(torch.arange(40).reshape(2, 20))
+    formed, exact = Formed(groups), Dense.at(_two_images, x, 8).linear()
+    linear = Recycled.at(_two_images, _two_images, x, 8, formed).linear()
+    assert [len(gram) for gram in formed.grams] == [20, 20]
+    for number, gram in enumerate(formed.grams):
+        ours = groups[number]
+        torch.testing.assert_close(gram, exact.gram[ours][:, ours], rtol=1e-4, atol=1e-4)
+    assert linear.scale == pytest.approx(exact.scale, rel=1e-4)
+    plain, best = MatrixFree.at(_two_images, x, 1000).linear(), exact.solve(1e-6)
+    products = {}
+    for kind, one in (("blocks", linear), ("plain", replace(plain, precision=1e-4))):
+        done: list[int] = []
+        local = replace(
+            one.local, times=lambda vector, done=done, times=one.local.times: (done.append(1), times(vector))[1]
+        )
+        step = replace(one, local=local).solve(1e-6)
+        off = exact.predicted(step) - exact.predicted(best)
+        assert off < 1e-3 * float(linear.local.value.square().sum())
+        products[kind] = len(done)
+    assert products["blocks"] < 0.5 * products["plain"]
+    spectra = linear.spectra()
+    assert [spectrum.rank for spectrum in spectra] == [20, 20]
+    for ours, spectrum in zip(groups, spectra, strict=True):
+        values = torch.linalg.svdvals(exact.transposed[ours])
+        torch.testing.assert_close(spectrum.values, values, rtol=1e-3, atol=1e-6)
+    assert linear.spectrum() is None, "the blocks do not tell the rank of the whole"
+
+
+def test_a_block_of_zeros_is_no_hindrance():
+    """An image that the update does not depend on stays where it is."""
+    x, groups = torch.full((40,), 0.3, dtype=torch.float64), list(torch.arange(40).reshape(2, 20))
+
+    def blind(x: Tensor) -> Tensor:
+        return _two_images(torch.cat([x[:20], torch.full_like(x[20:], 0.1)]))
+
+    linear = Recycled.at(blind, blind, x, 8, Formed(groups)).linear()
+    step = linear.solve(1e-3)
+    assert float(step[20:].abs().max()) == 0.0
+    assert float(step[:20].abs().max()) > 0.01
+    assert [spectrum.rank for spectrum in linear.spectra()] == [20, 0]
+
+
+def test_unknowns_of_one_image_are_one_group():
+    """Of every unknown of a pixel, where one lies behind the whole batch of the other."""
+    attack = SecondOrder(dense_limit=12)
+    assert attack.groups((1, 3, 2, 2)) == attack.groups((2, 3, 2, 1)) == []
+    assert attack.groups((1, 3, 4, 4)) is None
+    assert attack.groups((2, 3, 4, 4)) is None
+    groups = attack.groups((3, 3, 2, 2), copies=2)
+    assert sorted(torch.cat(groups).tolist()) == list(range(72))
+    place = torch.stack([torch.full((3, 3, 2, 2), float(i)) + torch.arange(3).reshape(3, 1, 1, 1) for i in (10, 20)])
+    for number, group in enumerate(groups):
+        assert set(place.flatten()[group].tolist()) == {10.0 + number, 20.0 + number}
+
+
+def test_a_sketch_sees_the_largest_eigenvalues_and_saves_products(monkeypatch):
+    monkeypatch.setattr("attacks.preconditioners.RANK", 60)
+    values = torch.logspace(0, -4, 200, dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(300, 200, generator=generator("turn"), dtype=torch.float64))[0]
+    back = torch.linalg.qr(torch.randn(200, 200, generator=generator("back"), dtype=torch.float64))[0]
+    matrix, x = (turn * values) @ back.T, torch.zeros(200, dtype=torch.float64)
+    wanted = matrix @ torch.randn(200, generator=generator("wanted"), dtype=torch.float64)
+    done: list[int] = []
+    local = Linearised.at(lambda x: matrix @ x - wanted, x)
+    local = replace(local, times=lambda vector, times=local.times: (done.append(1), times(vector))[1])
+    sketch = Sketch(generator("sketch"))
+    vector = torch.randn(200, generator=generator("vector"), dtype=torch.float64)
+    assert sketch.inverse(1e-3)(vector) is vector
+    sketch.form(local, x)
+    assert len(done) == 60
+    torch.testing.assert_close(sketch.values[:5], values[:5].square(), rtol=0.1, atol=0.0)
+    assert bool((sketch.values <= values[:60].square() * (1.0 + 1e-9)).all()), "never too large (Loewner order)"
+    inverse, steps = sketch.inverse(1e-6), {}
+    assert float(vector @ inverse(vector)) > 0.0
+    exact = torch.linalg.solve(matrix.T @ matrix + 1e-6 * torch.eye(200, dtype=torch.float64), matrix.T @ wanted)
+    for kind, how in (("plain", plain), ("sketch", inverse)):
+        gradient = local.back(local.value)
+        found = Damped.of(local, gradient, 1e-6, 1000, 1e-8 * float(gradient @ how(gradient)), how)
+        steps[kind] = len(found.lengths)
+        assert found.finished
+        assert float((matrix @ (found.step - exact)).norm()) < 1e-2 * float((matrix @ exact).norm())
+    assert steps["sketch"] < 0.6 * steps["plain"]
+
+
+def test_a_sketch_is_made_where_the_search_has_taken_long(monkeypatch):
+    """Twice as many products as it costs: then every point that follows is preconditioned by it."""
+    for module in ("preconditioners", "least_squares"):
+        monkeypatch.setattr(f"attacks.{module}.RANK", 10)
+    x, sketch = torch.full((40,), 0.3, dtype=torch.float64), Sketch(generator("made"))
+    places = []
+    form = Sketch.form
+    monkeypatch.setattr(Sketch, "form", lambda sketch, local, x: (places.append(x), form(sketch, local, x))[1])
+    point = MatrixFree.at(_stretched, x, 500, sketch)
+    linear, best = replace(point.linear(), precision=1e-6), Dense.at(_stretched, x, 8).linear()
+    step = linear.solve(1e-5)
+    assert [place is x for place in places] == [True]
+    assert best.predicted(step) - best.predicted(best.solve(1e-5)) < 1e-6 * float(point.residual.square().sum())
+    assert linear.extremes[0] > linear.extremes[1] > 0.0
+    sketch.spent = 0
+    again = replace(MatrixFree.at(_stretched, x + 1e-3, 500, sketch).linear(), precision=1e-2)
+    assert again.solve(1e-2) is not None
+    assert 0 < sketch.spent < 20
+    assert len(places) == 1, "it serves the points around"
+    assert again.extremes == linear.extremes, "what is preconditioned tells nothing of J's own"
 
 
 @pytest.mark.parametrize("kind", ["dense", "recycled"])
@@ -253,7 +367,7 @@ def test_a_jacobian_is_formed_anew_where_the_last_one_does_not_help(monkeypatch)
     form = Recycled.form
     monkeypatch.setattr(Recycled, "form", lambda point: (formations.append(point.x), form(point))[1])
     x, formed = torch.full((40,), 0.3, dtype=torch.float64), Formed()
-    formed.gram, formed.spent = torch.eye(40, dtype=torch.float64), LEAST - 2
+    formed.grams, formed.spent = (torch.eye(40, dtype=torch.float64),), LEAST - 2
     point = Recycled.at(_stretched, _stretched, x, 8, formed)
     step, best = point.linear().solve(1e-8), Dense.at(_stretched, x, 8).linear().solve(1e-8)
     assert [float((at - x).norm()) for at in formations] == [0.0]
@@ -283,7 +397,7 @@ def test_a_jacobian_that_float32_cannot_hold_is_formed_in_float64(scale):
 def test_where_no_jacobian_is_finite_there_is_none():
     broken = Formed()
     broken.form(lambda x: x / 0.0 * 0.0, double(1.0, 2.0), 1)
-    assert broken.gram is None
+    assert not broken.grams
     assert broken.inverse(1.0) is None
 
 
@@ -343,7 +457,7 @@ def test_rank_is_told_in_float32_only_where_that_is_enough(decades, monkeypatch)
     wanted = torch.logspace(0, -decades, 6, dtype=torch.float64)
     seen: list[torch.dtype] = []
     function, x = linear_function(wanted, seen), torch.ones(6, dtype=torch.float64)
-    spectrum = Recycled.at(function, function, x, 6, least_squares.Formed()).linear().spectrum()
+    spectrum = Recycled.at(function, function, x, 6, Formed()).linear().spectrum()
     assert spectrum is not None
     assert spectrum.rank == 6
     assert torch.allclose(spectrum.values, wanted, rtol=1e-3)
@@ -359,7 +473,7 @@ def test_a_dependent_unknown_is_never_counted(dtype, monkeypatch):
         function, x = linear_function(values, [], seed), torch.ones(10, dtype=dtype)
         for kind in ("recycled", "dense"):
             if kind == "recycled":
-                linear = Recycled.at(function, function, x, 10, least_squares.Formed()).linear()
+                linear = Recycled.at(function, function, x, 10, Formed()).linear()
             else:
                 linear = Dense.at(function, x, 10).linear()
             spectrum = linear.spectrum()
@@ -463,6 +577,22 @@ def test_matrix_free_agrees_with_dense(make_update, random_images):
     assert float(psnr_db(free.images, images)) > 100
 
 
+@pytest.mark.parametrize("dense_limit", [19, 20])  # two images of 20 pixels: nothing is formed, or a block for each
+def test_a_batch_beyond_the_limit_is_found_by_blocks(dense_limit, make_update, random_images):
+    images, labels = random_images((2, 1, 5, 4)), torch.tensor([1, 2])
+    model = lenet((1, 5, 4), channels=6)
+    update, known = make_update(model, images, labels), facts(images, labels)
+    whole = attack(SecondOrder(sketch=0), update, model, known)
+    found = attack(SecondOrder(dense_limit=dense_limit), update, model, known)
+    assert (whole.diagnostics["dense"], found.diagnostics["dense"]) == (1.0, 0.0)
+    assert "rank" not in found.diagnostics
+    assert found.diagnostics.get("rank_at_most") == (40 if dense_limit == 20 else None)
+    assert 1.0 < found.diagnostics["condition_at_least"] <= 1.01 * whole.diagnostics["condition"]
+    order = match_batch(found.images, images)
+    assert found.diagnostics["certified"] == 1.0
+    assert float(psnr_db(found.images[order], images).min()) > 100
+
+
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 def test_rank_is_that_of_the_matrix_it_is_read_off(precision, make_update, random_images):
     """However many equations there are: here a hundred times as many as the sketch keeps rows for an unknown."""
@@ -494,6 +624,25 @@ def test_the_certificate_is_honest(make_update, random_images):
     assert free.diagnostics["loss"] < 1e-10
     assert float(psnr_db(free.images, images)) < 40
     assert free.diagnostics["certified"] == 0.0
+
+
+@pytest.mark.parametrize("dense_limit", [4096, 20, 0])
+def test_a_low_cost_is_not_enough_where_a_step_would_still_move_the_images(dense_limit, make_update, random_images):
+    """However lenient `certified` is: the step that is left is about the distance from the truth."""
+    images, labels, model = random_images((2, 1, 5, 4)), torch.tensor([1, 2]), lenet((1, 5, 4), channels=6)
+    update, near = make_update(model, images, labels), (0.9 * images + 0.05).double()
+    lenient = {"certified": 1e-2, "restarts": 1, "translations": 0, "dense_limit": dense_limit}
+    for iterations in (1, 40):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Case, "starts", lambda case: {"images": near[None]})
+            one = SecondOrder(iterations=iterations, descent_iterations=0, damping=1.0, **lenient)
+            found = attack(one, update, model, facts(images, labels))
+        away = float((found.images - images).square().mean().sqrt())
+        assert found.diagnostics["loss"] < 1e-2
+        if iterations == 1:
+            assert found.diagnostics["step_left"] == pytest.approx(away, rel=0.2)
+            assert away > 1e-3
+        assert found.diagnostics["certified"] == float(iterations == 40)
 
 
 def test_more_starts_never_end_higher(make_update, random_images):
@@ -753,6 +902,19 @@ def test_projection_without_a_matrix_finds_the_same(dense_limit, prediction_type
     assert found.diagnostics.get("rank") == (64 if dense_limit == 64 else None)
     assert float(psnr_db(found.images, images)) > 80
     torch.testing.assert_close(found.noise, private["noise"], rtol=0, atol=1e-4)
+
+
+def test_noise_of_a_batch_is_projected_out_by_blocks(formations, random_images):
+    """Images and their noise are one group each."""
+    task, model, images = Diffusion(), denoiser(), random_images((2, 2, 3, 3))
+    private, update, knowledge = diffusion_update(model, task, images, [100, 160])
+    found = attack(SecondOrder(dense_limit=18), update, model, knowledge, task)
+    assert set(formations) == {72}
+    assert found.diagnostics["dense"] == 0.0
+    order = match_batch(found.images, images)
+    assert found.diagnostics["certified"] == 1.0
+    assert float(psnr_db(found.images[order], images).min()) > 80
+    torch.testing.assert_close(found.noise[order], private["noise"], rtol=0, atol=1e-4)
 
 
 def test_rank_and_condition_without_a_matrix_are_those_with_one(random_images, monkeypatch):
