@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from attacks.conjugate_gradients import Damped, conjugate_gradients, ritz, squared
-from attacks.preconditioners import RANK, Formed, Inverse, Sketch, parts, plain, solved
+from attacks.preconditioners import RANK, Formed, Inverse, Sketch, plain, solved
 from attacks.spectra import SMALL, SURE, Spectrum, column_space, numerical_rank, roots, spectrum_of
 from fedattack.jacobians import Function, Linearised, jacobian_transposed
 
@@ -340,17 +340,13 @@ class RecycledLinear:
         Of many unknowns from JᵀJ as it is formed in float32 here, if that is enough to tell the rank.
         """
         point, formed = self.point, self.point.formed
-        quick = len(point.x) > SMALL and point.x.dtype == torch.float64
-        if quick and formed.place is not point.x:
-            point.form()
-        found: list[Spectrum | None] = []
-        for number, (function, x) in enumerate(parts(point.sketched, point.x, formed.groups)):
-            values = roots(formed.grams[number]) if quick and formed.grams else None
-            if values is not None and bool(values[-1] > SURE * values[0]):
-                found.append(Spectrum(values, len(values)))
-            else:
-                found.append(spectrum_of(jacobian_transposed(function, x, point.chunk)))
-        return found
+        if len(point.x) > SMALL and point.x.dtype == torch.float64:
+            if formed.place is not point.x:
+                point.form()
+            told = [roots(gram) for gram in formed.grams]
+            if told and all(bool(values[-1] > SURE * values[0]) for values in told):
+                return [Spectrum(values, len(values)) for values in told]
+        return [spectrum_of(rows) for rows in formed.jacobians(point.sketched, point.x, point.chunk)]
 
 
 # ---------------------------------------------------------------------------------------------------- projected

@@ -174,6 +174,23 @@ class Problem:
             dtype=dtype,
         )
 
+    def alone(self, number: int) -> "Problem | None":
+        """What one image of the batch would send alone: the batch sends the mean of that over its images.
+
+        None where that is not so: more than images unknown, several steps, clipping, statistics of the batch.
+        """
+        count = self.unknown["images"].shape[0]
+        mean = self.steps == [list(range(count))] and self.clip_norm is None and not _updates_buffers(self.model)
+        if not mean or set(self.unknown) != {"images"}:
+            return None
+        images = self.unknown["images"]
+        return replace(
+            self,
+            known={name: tensor[number : number + 1] for name, tensor in self.known.items()},
+            unknown={"images": replace(images, shape=(1, *images.shape[1:]))},
+            steps=[[0]],
+        )
+
     @property
     def _device(self) -> torch.device:
         return next(iter(self.observed.values())).device

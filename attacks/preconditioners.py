@@ -30,10 +30,13 @@ class Formed:
     groups: indices of unknowns, each in one group; of JᵀJ only the blocks within a group are formed then, one after another.
     Images of a batch are such groups: they need the memory of one image, and forgetting what two images do to the same
     equation costs few conjugate gradients. Empty: all unknowns are one group.
+    alone: for each image of a batch, a function of its unknowns only, whose derivatives are those of all images' function but
+    cheaper. Empty: there are none.
     place: the unknowns there. spent: iterations since then. grams is empty before the first, and where J is not finite or zero.
     """
 
     groups: Sequence[Tensor] = ()
+    alone: Sequence[Function] = ()
     grams: Sequence[Tensor] = field(default=(), init=False)
     place: Tensor | None = field(default=None, init=False)
     spent: int = field(default=0, init=False)
@@ -46,7 +49,7 @@ class Formed:
         """In float32: exactly enough for a preconditioner, and two to four times as fast; where that is not enough, as x is."""
         self.grams, self.place, self.spent = (), x, 0
         for at in (x.float(), x):
-            grams = [_gram(rows.to(x)) for rows in self._rows(function, at, chunk)]
+            grams = [_gram(rows.to(x)) for rows in self.jacobians(function, at, chunk)]
             if all(bool(gram.isfinite().all()) for gram in grams) and any(bool(gram.any()) for gram in grams):
                 self.grams = grams
                 break
@@ -102,21 +105,25 @@ class Formed:
                 break
         return step
 
-    def _rows(self, function: Function, x: Tensor, chunk: int) -> Iterator[Tensor]:
-        """Jᵀ of each group's unknowns, in which TF32 has no part."""
-        cudnn = torch.backends.cudnn
-        for alone, part in parts(function, x, self.groups):
-            with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
-                rows = jacobian_transposed(alone, part, chunk)
-            yield rows
+    def jacobians(self, function: Function, x: Tensor, chunk: int) -> Iterator[Tensor]:
+        """Jᵀ of each group's unknowns, (unknowns, equations), in which TF32 has no part."""
+        if self.alone:
+            images = zip(self.alone, x.chunk(len(self.alone)), strict=True)
+            rows = (_rows(function, image, chunk) for function, image in images)
+            yield from rows if self.groups else [torch.cat(list(rows))]
+        elif self.groups:
+            yield from (_rows(partial(_with, function, x, group), x[group], chunk) for group in self.groups)
+        else:
+            yield _rows(function, x, chunk)
 
     def _indices(self) -> Sequence[Tensor]:
         return self.groups or [torch.arange(len(gram), device=gram.device) for gram in self.grams]
 
 
-def parts(function: Function, x: Tensor, groups: Sequence[Tensor]) -> list[tuple[Function, Tensor]]:
-    """A function of each group's unknowns alone, the others being as in x, and these; of all where there is no group."""
-    return [(partial(_with, function, x, group), x[group]) for group in groups] if groups else [(function, x)]
+def _rows(function: Function, x: Tensor, chunk: int) -> Tensor:
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
+        return jacobian_transposed(function, x, chunk)
 
 
 def _with(function: Function, x: Tensor, group: Tensor, part: Tensor) -> Tensor:

@@ -182,7 +182,7 @@ def _search_images(case: Case) -> Reconstruction:
     layered = [replace(view, equations=view.verdict) for view in case.views]
 
     def function(views: Sequence[View], x: Tensor, transformable: bool = False) -> Tensor:
-        images = x.reshape(variable.shape)
+        images = x.reshape(views[0].problem.unknown["images"].shape)
         rows = []
         for view in views:
             simulated = view.problem.simulated({"images": images}, transformable=transformable)
@@ -197,11 +197,20 @@ def _search_images(case: Case) -> Reconstruction:
             return lambda x: MatrixFree.at(partial(function, views), x, attack.inner_steps, sketch)
         kept = attack.kept(len(groups[0]) if groups else unknowns)
         few = [view.sketched(kept, case.generator) for view in views]
-        rough, formed = [view.to(torch.float32) for view in few], Formed([group.to(starts.device) for group in groups])
+        rough = [view.to(torch.float32) for view in few]
 
-        def sketched(x: Tensor) -> Tensor:
-            return function(rough if x.dtype == torch.float32 else few, x, transformable=True)
+        def sketched(x: Tensor, number: int | None = None) -> Tensor:
+            seen = rough if x.dtype == torch.float32 else few
+            if number is None:
+                return function(seen, x, transformable=True)
+            return function([one for view in seen if (one := view.alone(number))], x, transformable=True) / count
 
+        count = variable.shape[0]
+        shared = count > 1 and case.prior == 0 and all(view.alone(0) for view in views)
+        formed = Formed(
+            [group.to(starts.device) for group in groups],
+            [partial(sketched, number=number) for number in range(count)] if shared else [],
+        )
         return lambda x: Recycled.at(partial(function, views), sketched, x, chunk_of(case.count), formed)
 
     def search(brief: Options, views: Sequence[View], start: Tensor, told: Told) -> Solution:

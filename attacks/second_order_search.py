@@ -190,6 +190,11 @@ class View:
     def to(self, dtype: torch.dtype) -> "View":
         return replace(self, problem=self.problem.to(dtype), equations=self.equations.to(dtype))
 
+    def alone(self, number: int) -> "View | None":
+        """Of one image of the batch, see `Problem.alone`."""
+        problem = self.problem.alone(number)
+        return None if problem is None else replace(self, problem=problem)
+
     def cost(self, guess: dict[str, Tensor]) -> float:
         with torch.no_grad():
             return squared(self.verdict.left(self.problem.simulated(guess)) - self.verdict.wanted)

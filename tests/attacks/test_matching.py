@@ -1,6 +1,7 @@
 """Distances and priors with values known by hand, and the search on problems whose answer is known."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -127,6 +128,28 @@ def test_the_truth_of_a_diffusion_update_is_a_perfect_match(random_images, make_
     problem = pose(update, model, task, shown)
     assert set(problem.unknown) == {"images"}
     assert float(relative_l2(problem.simulated({"images": private["images"]}), problem.observed)) < 1e-18
+
+
+def test_a_batch_sends_the_mean_of_what_its_images_would(make_update, random_images):
+    images, labels = random_images((3, 1, 5, 4)), torch.tensor([1, 2, 1])
+    model = build_model("lenet", image_shape=(1, 5, 4), num_classes=4, seed=0)
+    update = make_update(model, images, labels)
+    known = Knowledge(image_shape=(1, 5, 4), batch_size=3, num_classes=4, labels=labels)
+    problem = pose(update, model, Classification(), known, precision="float64")
+    alone = [problem.alone(number) for number in range(3)]
+    sent = [one.simulated({"images": images[number : number + 1].double()}) for number, one in enumerate(alone)]
+    whole = problem.simulated({"images": images.double()})
+    for name, tensor in whole.items():
+        torch.testing.assert_close(torch.stack([one[name] for one in sent]).mean(0), tensor, rtol=1e-9, atol=1e-12)
+    for other in (
+        pose(update, model, Classification(), replace(known, labels=None), precision="float64"),
+        replace(problem, clip_norm=1.0),
+        replace(problem, steps=[[0], [1, 2]]),
+    ):
+        assert other.alone(0) is None
+    normal = build_model("resnet18", image_shape=(1, 5, 4), num_classes=4, seed=0, width=2).train()
+    assert replace(problem, model=normal).alone(0) is None
+    assert replace(problem, model=normal.eval()).alone(0) is not None
 
 
 def test_soft_labels_are_probabilities_and_estimates_are_classes(make_update, random_images):

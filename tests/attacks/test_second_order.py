@@ -593,6 +593,32 @@ def test_a_batch_beyond_the_limit_is_found_by_blocks(dense_limit, make_update, r
     assert float(psnr_db(found.images[order], images).min()) > 100
 
 
+@pytest.mark.parametrize("dense_limit", [20, 4096])
+def test_a_batch_is_differentiated_image_by_image(dense_limit, make_update, random_images, monkeypatch):
+    """The Jacobians are those of the whole batch, and so is what comes out, for each image costs what one alone does."""
+    images, labels = random_images((3, 1, 5, 4)), torch.tensor([1, 2, 1])
+    model = lenet((1, 5, 4), channels=6)
+    update, known = make_update(model, images, labels), facts(images, labels)
+    made: list[tuple[int, list[Tensor]]] = []
+    form = Formed.form
+
+    def watched(formed: Formed, function, x: Tensor, chunk: int) -> None:
+        form(formed, function, x, chunk)
+        alone, grams = formed.alone, formed.grams
+        formed.alone = ()
+        form(formed, function, x, chunk)
+        for gram, slow in zip(grams, formed.grams, strict=True):
+            torch.testing.assert_close(gram, slow, rtol=1e-4, atol=1e-4 * float(slow.abs().max()))
+        formed.alone, formed.grams = alone, grams
+        made.append((len(alone), list(grams)))
+
+    monkeypatch.setattr(Formed, "form", watched)
+    found = attack(SecondOrder(dense_limit=dense_limit), update, model, known)
+    assert found.diagnostics["certified"] == 1.0
+    assert {count for count, _ in made} == {3}
+    assert [len(gram) for gram in made[0][1]] == ([20, 20, 20] if dense_limit == 20 else [60])
+
+
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 def test_rank_is_that_of_the_matrix_it_is_read_off(precision, make_update, random_images):
     """However many equations there are: here a hundred times as many as the sketch keeps rows for an unknown."""
