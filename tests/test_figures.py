@@ -129,6 +129,30 @@ def test_an_attack_that_failed_before_it_had_steps_leaves_the_axis_of_steps_alon
     assert (tmp_path / "over-steps.png").exists()
 
 
+def test_one_legend_names_what_any_panel_draws_and_hides_nothing(tmp_path, monkeypatch):
+    rows = [
+        {"kind": "attack", "status": "ok", "attack": attack, "case": case, "psnr_db": value, "mse": [0.1]}
+        for attack, value in (("one", [9.0, 11.0]), ("two", [20.0]))
+        for case in ("a", "b")
+    ]
+    rows += [{"kind": "baseline", "status": "ok", "job": "0", "attack": "noise", "psnr_db": [8.0]}]
+    rows += [{"kind": "baseline", "status": "ok", "job": "0", "attack": "mean-image", "psnr_db": [12.0], "mse": [0.2]}]
+    pages = []
+    monkeypatch.setattr("fedattack.report.figures._save", lambda page, path: pages.append(page))
+    figure(rows, "attack", ["mse", "psnr_db"], ["case"], tmp_path / "legend.png")
+    (page,) = pages
+    assert all(axes.get_legend() is None for axes in page.axes)
+    (legend,) = page.legends
+    assert {text.get_text() for text in legend.get_texts()} == {"a", "b", "baseline noise", "baseline mean-image"}
+    styles = {}
+    for axes in page.axes:
+        for line in axes.get_lines():
+            if line.get_label().startswith("baseline"):
+                styles.setdefault(line.get_label(), set()).add(line.get_linestyle())
+    assert {name: len(seen) for name, seen in styles.items()} == {"baseline noise": 1, "baseline mean-image": 1}
+    assert styles["baseline noise"] != styles["baseline mean-image"]
+
+
 def test_what_is_not_there_is_named(run, tmp_path):
     with pytest.raises(FedattackError, match="a field of the rows must be one of"):
         main([str(run), "--x", "atack"])

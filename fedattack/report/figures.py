@@ -199,7 +199,7 @@ def _text(value: Any) -> str:
 
 # ------------------------------------------------------------------------------------------------ figure
 def figure(rows: Sequence[Row], x: str, ys: Sequence[str], by: Sequence[str], path: Path, title: str = "") -> None:
-    """A panel for each y: lines over a numeric x, bars over names, a colour for each group."""
+    """A panel for each y: lines over a numeric x, bars over names, a colour for each group; one legend below all panels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -212,7 +212,8 @@ def figure(rows: Sequence[Row], x: str, ys: Sequence[str], by: Sequence[str], pa
     page = Figure(figsize=(6.0 * columns, 3.6 * lines + 0.5), layout="constrained")
     FigureCanvasAgg(page)
     page.suptitle(title)
-    named = set[str]()
+    named: dict[str, Any] = {}
+    styles: dict[str, str] = {}
     for number, y in enumerate(ys):
         axes = page.add_subplot(lines, columns, number + 1)
         for place, group in enumerate(groups):
@@ -231,8 +232,8 @@ def figure(rows: Sequence[Row], x: str, ys: Sequence[str], by: Sequence[str], pa
                 axes.bar(at, means, width * 0.92, yerr=errors, capsize=3, color=colour, alpha=0.55, label=label)
                 for middle, i in zip(at, shown, strict=True):
                     axes.plot([middle] * len(values[i]), values[i], ".", markersize=3, color="black", alpha=0.5)
-        for place, (name, level) in enumerate(baseline_means(rows, y).items()):
-            style = ("--", ":", "-.")[place % 3]
+        for name, level in baseline_means(rows, y).items():
+            style = styles.setdefault(name, ("--", ":", "-.")[len(styles) % 3])
             axes.axhline(level, linestyle=style, linewidth=1, color="grey", label=f"baseline {name}")
         if not numeric:
             axes.set_xticks(range(len(xs)), [_text(value) for value in xs], rotation=20 if len(xs) > 3 else 0)
@@ -240,10 +241,10 @@ def figure(rows: Sequence[Row], x: str, ys: Sequence[str], by: Sequence[str], pa
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.grid(axis="y", alpha=0.3)
-        labels = set(axes.get_legend_handles_labels()[1])
-        if labels - named:
-            axes.legend(fontsize="small")
-        named |= labels
+        handles, labels = axes.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    if named:
+        page.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, fontsize="small")
     _save(page, path)
 
 
