@@ -48,7 +48,10 @@ class Damped:
         ratios: list[float] = []
         while enough < size < math.inf and len(lengths) < most:
             image = local.times(direction)
-            length = size / (squared(image) + float((damping * direction.square()).sum()))
+            curvature = squared(image) + float((damping * direction.square()).sum())
+            if not 0 < curvature < math.inf:
+                break
+            length = size / curvature
             step = step + length * direction
             left = left - length * image
             slope = local.back(left) - damping * step

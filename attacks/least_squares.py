@@ -4,8 +4,9 @@
 
 A `Point` is ρ at one x; it can linearise itself, and the `Linear` model solves damped steps. There are four kinds: `Dense`
 (Jacobian by vmapped forward mode, normal equations by Cholesky with iterative refinement), `MatrixFree` (conjugate
-gradients on products with J and Jᵀ), `Recycled` (the same, preconditioned by a Jacobian that is formed now and then), and
-`Projected` (variable projection: ρ = A(x)·y − b(x) with the best y for each x).
+gradients on products with J and Jᵀ, which a sketch of JᵀJ may precondition), `Recycled` (the same, preconditioned by a
+Jacobian that is formed now and then, whole or in blocks), and `Projected` (variable projection: ρ = A(x)·y − b(x) with the
+best y for each x).
 """
 
 import math
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from attacks.conjugate_gradients import Damped, conjugate_gradients, ritz, squared
-from attacks.preconditioners import RANK, Formed, Inverse, Sketch, plain, solved
+from attacks.preconditioners import RANK, Formed, Inverse, Nystrom, plain, solved
 from attacks.spectra import SMALL, SURE, Spectrum, column_space, numerical_rank, roots, spectrum_of
 from fedattack.jacobians import Function, Linearised, jacobian_transposed
 
@@ -219,7 +220,7 @@ class MatrixFreeLinear:
     inner: int
     precision: float
     x: Tensor
-    sketch: Sketch | None = None
+    sketch: Nystrom | None = None
     extremes: tuple[float, float] = (0.0, 0.0)
 
     @property
@@ -252,6 +253,13 @@ class MatrixFreeLinear:
                 break
         return step
 
+    def nearly_inverse(self) -> tuple[Inverse | None, float]:
+        """About (JᵀJ)⁻¹ here, as far as it is known, and so little damping that it only keeps JᵀJ from being singular."""
+        damping = 10 * torch.finfo(self.x.dtype).eps * self.scale
+        if self.sketch is not None:
+            self.sketch.form(self.local, self.x)
+        return (plain if self.sketch is None else self.sketch.inverse(damping)), damping
+
     def predicted(self, step: Tensor) -> float:
         return squared(self.local.value + self.local.times(step))
 
@@ -270,17 +278,17 @@ class MatrixFree:
     x: Tensor
     residual: Tensor
     inner: int
-    sketch: Sketch | None = None
+    sketch: Nystrom | None = None
 
     @staticmethod
-    def at(function: Function, x: Tensor, inner: int, sketch: Sketch | None = None) -> "MatrixFree":
+    def at(function: Function, x: Tensor, inner: int, sketch: Nystrom | None = None) -> "MatrixFree":
         with torch.no_grad():
             return MatrixFree(function, x, function(x), inner, sketch)
 
     def linear(self) -> MatrixFreeLinear:
         local = Linearised.at(self.function, self.x)
         # the inner problem is solved more exactly as the outer one converges (Eisenstat and Walker 1996)
-        precision = max(min(0.1, float(local.value.norm())), 1e-8)
+        precision = max(min(0.1, float(local.value.norm())), 1e-8, 10 * torch.finfo(self.x.dtype).eps)
         extremes = (0.0, 0.0) if self.sketch is None else self.sketch.extremes
         return MatrixFreeLinear(local, local.back(local.value), self.inner, precision, self.x, self.sketch, extremes)
 
@@ -331,6 +339,13 @@ class RecycledLinear:
     def predicted(self, step: Tensor) -> float:
         return squared(self.local.value + self.local.times(step))
 
+    def nearly_inverse(self) -> tuple[Inverse | None, float]:
+        """About (JᵀJ)⁻¹ here, and so little damping that it only keeps JᵀJ from being singular."""
+        formed = self.point.formed
+        if formed.place is not self.point.x:
+            self.point.form()
+        return formed.inverse(formed.least), formed.least
+
     def spectrum(self) -> Spectrum | None:
         return self.spectra()[0] if self.point.formed.whole else None
 
@@ -373,9 +388,9 @@ class Projected:
         with torch.no_grad():
             transposed = matrix(x)
             wanted = -function(x, x.new_zeros(len(transposed)))
-            basis, solved, rank = _least_squares(transposed.T, wanted)
+            basis, linear_unknowns, rank = _least_squares(transposed.T, wanted)
             inside = basis @ (basis.T @ wanted)
-            return Projected(function, x, basis, solved, rank, inside - wanted, chunk)
+            return Projected(function, x, basis, linear_unknowns, rank, inside - wanted, chunk)
 
     def linear(self) -> DenseLinear:
         moved = jacobian_transposed(lambda x: self.function(x, self.linear_unknowns), self.x, self.chunk)

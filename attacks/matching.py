@@ -180,7 +180,7 @@ class Problem:
         None where that is not so: more than images unknown, several steps, clipping, statistics of the batch.
         """
         count = self.unknown["images"].shape[0]
-        mean = self.steps == [list(range(count))] and self.clip_norm is None and not _updates_buffers(self.model)
+        mean = self.steps == [list(range(count))] and self.clip_norm is None and not _mixes_images(self.model)
         if not mean or set(self.unknown) != {"images"}:
             return None
         images = self.unknown["images"]
@@ -469,6 +469,12 @@ def _best(guesses: dict[str, Tensor], history: Tensor, steps: int) -> Match:
         steps=steps,
         restart_losses=tuple(final.tolist()),
     )
+
+
+def _mixes_images(model: nn.Module) -> bool:
+    """Whether an image's prediction depends on the others of its batch, by batch normalisation."""
+    normal = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return any(m.training or m.running_mean is None for m in normal)
 
 
 def _updates_buffers(model: nn.Module) -> bool:

@@ -12,13 +12,13 @@ from fedattack.jacobians import Function, Linearised, jacobian_transposed
 
 RENT, LEAST = 8, 32
 """A Jacobian of n columns is formed anew once n / RENT conjugate gradients, or LEAST if that is more, were preconditioned by
-the last one: they have then cost about as much as forming it does."""
+the last one: they have then cost about as much as forming it does, of one image (of a batch, image by image, more)."""
 
 LOOSE, TIGHT = 1e-2, 1e-4
 """How exactly preconditioned conjugate gradients solve for a step: the more so the nearer the search is to its end."""
 
 RANK = 128
-"""Random vectors of a `Sketch`; it is made anew once twice as many conjugate gradients were made since the last one."""
+"""Random vectors of a `Nystrom`; it is made anew once twice as many conjugate gradients were made since the last one."""
 
 Inverse = Callable[[Tensor], Tensor]
 
@@ -28,10 +28,10 @@ class Formed:
     """JᵀJ where a search formed it last, which preconditions the points that follow.
 
     groups: indices of unknowns, each in one group; of JᵀJ only the blocks within a group are formed then, one after another.
-    Images of a batch are such groups: they need the memory of one image, and forgetting what two images do to the same
-    equation costs few conjugate gradients. Empty: all unknowns are one group.
-    alone: for each image of a batch, a function of its unknowns only, whose derivatives are those of all images' function but
-    cheaper. Empty: there are none.
+    Images of a batch are such groups: forgetting what two images do to the same equation costs few conjugate gradients.
+    Empty: all unknowns are one group.
+    alone: for each image of a batch, which have equally many unknowns, one behind the other, a function of its unknowns only,
+    whose derivatives are those of all images' function but cheaper. Empty: there are none.
     place: the unknowns there. spent: iterations since then. grams is empty before the first, and where J is not finite or zero.
     """
 
@@ -50,12 +50,15 @@ class Formed:
         self.grams, self.place, self.spent = (), x, 0
         for at in (x.float(), x):
             grams = [_gram(rows.to(x)) for rows in self.jacobians(function, at, chunk)]
-            if all(bool(gram.isfinite().all()) for gram in grams) and any(bool(gram.any()) for gram in grams):
+            there = [bool(gram.any()) for gram in grams]
+            if all(bool(gram.isfinite().all()) for gram in grams) and (any(there) if at is x else all(there)):
                 self.grams = grams
                 break
 
     def inverse(self, damping: float | Tensor, first: int = 0) -> Inverse | None:
         """About (JᵀJ + damping)⁻¹ for the unknowns from `first` on, or None where that is not to be had."""
+        if not self.grams:
+            return None
         blocks = []
         for group, gram in zip(self._indices(), self.grams, strict=True):
             ours = (group >= first).nonzero()[:, 0]
@@ -66,7 +69,7 @@ class Formed:
             if int(failed):
                 return None
             blocks.append((group, factor))
-        return partial(_solved, blocks) if blocks else None
+        return partial(_solved, blocks)
 
     @property
     def scale(self) -> float:
@@ -110,7 +113,7 @@ class Formed:
         if self.alone:
             images = zip(self.alone, x.chunk(len(self.alone)), strict=True)
             rows = (_rows(function, image, chunk) for function, image in images)
-            yield from rows if self.groups else [torch.cat(list(rows))]
+            yield from rows if self.groups else [_joined(rows, len(x))]
         elif self.groups:
             yield from (_rows(partial(_with, function, x, group), x[group], chunk) for group in self.groups)
         else:
@@ -128,6 +131,17 @@ def _rows(function: Function, x: Tensor, chunk: int) -> Tensor:
 
 def _with(function: Function, x: Tensor, group: Tensor, part: Tensor) -> Tensor:
     return function(x.index_put((group,), part))
+
+
+def _joined(parts: Iterator[Tensor], count: int) -> Tensor:
+    """Filled in place: a list of parts would take the memory twice."""
+    first = next(parts)
+    found, done = first.new_empty(count, first.shape[1]), len(first)
+    found[:done] = first
+    for part in parts:
+        found[done : done + len(part)] = part
+        done += len(part)
+    return found
 
 
 def _gram(rows: Tensor) -> Tensor:
@@ -157,7 +171,7 @@ def plain(vector: Tensor) -> Tensor:
 
 
 @dataclass
-class Sketch:
+class Nystrom:
     """The largest eigenvalues of JᵀJ, about, where a search without any Jacobian last took products with random vectors.
 
     Source: Frangella, Tropp and Udell, SIAM J. Matrix Anal. Appl. 44 (2023): Algorithm 2.1, the randomised Nyström

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from attacks.labels import infer_labels
 from attacks.least_squares import Dense, MatrixFree, Point, Recycled, Solution
 from attacks.noise import mean_difference, variation_rows
-from attacks.preconditioners import Formed, Sketch
+from attacks.preconditioners import Formed, Nystrom
 from attacks.second_order_noise import search_noisy
 from attacks.second_order_search import (
     EQUATIONS,
@@ -193,7 +193,7 @@ def _search_images(case: Case) -> Reconstruction:
 
     def stepper(views: Sequence[View]) -> Callable[[Tensor], Point]:
         if groups is None:
-            sketch = Sketch(case.generator)
+            sketch = Nystrom(case.generator)
             return lambda x: MatrixFree.at(partial(function, views), x, attack.inner_steps, sketch)
         kept = attack.kept(len(groups[0]) if groups else unknowns)
         few = [view.sketched(kept, case.generator) for view in views]
@@ -206,7 +206,7 @@ def _search_images(case: Case) -> Reconstruction:
             return function([one for view in seen if (one := view.alone(number))], x, transformable=True) / count
 
         count = variable.shape[0]
-        shared = count > 1 and case.prior == 0 and all(view.alone(0) for view in views)
+        shared = count > 1 and case.prior == 0 and all(_mean(view, starts[0].reshape(variable.shape)) for view in views)
         formed = Formed(
             [group.to(starts.device) for group in groups],
             [partial(sketched, number=number) for number in range(count)] if shared else [],
@@ -274,6 +274,21 @@ def _search_images(case: Case) -> Reconstruction:
     extra = len(widths) * attack.smoothing_iterations + 2 * ROUNDS * attack.switching_iterations * switching
     ordered = nearest_first(attack.restarts, approach, WAITING) if case.descending else starts
     return multistart(case, solve, ordered, finish, unknowns, extra)
+
+
+def _mean(view: View, images: Tensor) -> bool:
+    """Whether these images' update is the mean of what they would send alone, as it must be unless the model mixes images."""
+    alone = [one for number in range(len(images)) if (one := view.alone(number))]
+    if not alone:
+        return False
+    with torch.no_grad():
+        parts = [
+            one.equations.left(one.problem.simulated({"images": images[number : number + 1]}))
+            for number, one in enumerate(alone)
+        ]
+        whole = view.equations.left(view.problem.simulated({"images": images}))
+    off = float((torch.stack(parts).mean(0) - whole).norm())
+    return off <= math.sqrt(torch.finfo(whole.dtype).eps) * float(whole.norm())
 
 
 def _switched(case: Case, x: Tensor, share: float, loyalty: float, told: Told) -> Solution | None:

@@ -11,13 +11,13 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
+from attacks.certificates import EXACT, HIDDEN, hidden_share, last_step, standard_error
 from attacks.equations import Equations
 from attacks.least_squares import (
     End,
     MatrixFree,
     MatrixFreeLinear,
     Point,
-    Projected,
     ProjectedFree,
     Recycled,
     Solution,
@@ -26,6 +26,7 @@ from attacks.least_squares import (
 from attacks.matching import Problem, check_options, lbfgs, pose
 from attacks.noise import noise_level
 from attacks.smoothing import kinks
+from attacks.spectra import Spectrum
 from attacks.starting import random_start
 from attacks.translations import Translating
 from fedattack.errors import FedattackError, must, one_of
@@ -56,9 +57,8 @@ NOISE = 1e-2
 EQUATIONS = 4096
 """A sketch keeps at least so many: they are cheap."""
 
-EXACT = 1e-3
-"""Root mean square of the pixels' last step below which an image counts as exact: 60 dB. A cost alone does not tell where a
-Jacobian is so badly conditioned that the update hardly depends on some contrasts."""
+BLOCKS = 1 << 28
+"""How many numbers the Jacobian blocks JᵀJ of all images together may hold (2 GB in float64, and their factors as much)."""
 
 ENTRIES = 1 << 24
 """How many numbers one chunk of Jacobian columns may hold."""
@@ -72,9 +72,10 @@ class Options:
     certified. A cost is ‖simulated − observed‖²/‖observed‖² in the weights of the search: 1 for silence, 0 for a perfect
     match. weights: "entries" (all alike), "layers" (each divided by its norm, so that all layers count the same) or
     "balanced" between them. certified: the cost, in "layers" weights whatever the search had, below which (with as many
-    independent equations as unknowns; beyond dense_limit, unknown noise counted, only of every image alone, if at all; without
-    `spectrum` not) a result is called exact; where images alone are unknown, only if an undamped step would move their pixels
-    by less than 0.001 (rms; `step_left`).
+    independent equations as unknowns; beyond dense_limit, unknown noise counted, or without `spectrum`, independence is not
+    checked as such) a result is called exact; where images alone are unknown, only if an undamped step would move no image's
+    pixels by more than 0.001 (rms; `step_left`), and besides the `standard_error` of rounding is no larger, or, beyond
+    dense_limit, no more than a tenth of a random change is hidden (`hidden_share`; see attacks/certificates.py).
     start: "grey", "normal" or "uniform", see Problem.start; or an attack such as "r-conv", whose result is the first start
     (of models with ReLUs the second too, slightly smoothed; the others are grey). box: images are clamped to [0, 1] at the
     "end" or after each "step". damping: of the first step, in units of the largest diagonal entry of JᵀJ. sketch: equations
@@ -97,7 +98,7 @@ class Options:
     translations: where a search or a descent of a clean update has stalled: further ones, at most, each as long, from its end
     with one image moved by a few pixels (see attacks/translations.py); 0: none.
     spectrum: whether rank and condition number are computed at the end (beyond dense_limit only bounds: `rank_at_most`, the
-    sum of the images' own ranks, and `condition_at_least`, from their blocks or from conjugate gradients).
+    sum of the images' own ranks, and `condition_at_least`, about, from their blocks or from conjugate gradients).
 
     sigma: standard deviation of Gaussian noise on every entry of the (pseudo-)gradient; None: what the known defense says,
     else none. With noise the whitened problem is solved, all equations kept as far as memory allows, with a total-variation
@@ -148,7 +149,7 @@ class Options:
         count, pixels = shape[0], math.prod(shape[1:])
         if count * pixels <= self.dense_limit:
             return []
-        if count == 1 or pixels > self.dense_limit:
+        if pixels > self.dense_limit or count * (copies * pixels) ** 2 > BLOCKS:
             return None
         return list(torch.arange(copies * count * pixels).reshape(copies, count, pixels).transpose(0, 1).flatten(1))
 
@@ -168,13 +169,14 @@ class View:
     """One update of the images.
 
     equations: those of the search. verdict: all of them, by which the results of starts are compared; every layer alike,
-    unless there is noise. noise: its standard deviation on every equation.
+    unless there is noise. noise: its standard deviation on every equation. rounding: of the numbers sent, relatively.
     """
 
     problem: Problem
     equations: Equations
     verdict: Equations
     noise: float
+    rounding: float
 
     @staticmethod
     def of(attack: Options, update: Update, model: nn.Module, task: Task, knowledge: Knowledge) -> "View":
@@ -182,7 +184,9 @@ class View:
         sigma = noise_level(update, knowledge) if attack.sigma is None else attack.sigma
         equations = Equations.of(problem, update, WEIGHTS["entries" if sigma > 0 else attack.weights])
         verdict = equations if sigma > 0 else Equations.of(problem, update)
-        return View(problem, equations, verdict, sigma * float(next(iter(equations.weights.values()))))
+        sent = next((t.dtype for t in update.received.values() if t.is_floating_point()), problem.dtype)
+        noise = sigma * float(next(iter(equations.weights.values())))
+        return View(problem, equations, verdict, noise, torch.finfo(sent).eps)
 
     def sketched(self, count: int, generator: torch.Generator) -> "View":
         return replace(self, equations=self.equations.sketched(count, generator))
@@ -482,9 +486,9 @@ def multistart(
         largest, smallest = solution.linear.extremes
         if smallest > 0:
             diagnostics["condition_at_least"] = largest / smallest
-    if case.noise == 0 and not isinstance(solution.point, Projected | ProjectedFree):
-        diagnostics["step_left"] = _step_left(solution)
-        determined = determined and diagnostics["step_left"] <= EXACT
+    if case.noise == 0 and isinstance(solution.point, Recycled | MatrixFree):
+        limits = _told_of_the_end(case, solution.point, spectrum, diagnostics)
+        determined = determined and all(found <= limit for found, limit in limits)
     diagnostics["certified"] = float(cost <= attack.certified and determined)
     found = problem.estimate(guess)
     return Reconstruction(
@@ -499,11 +503,20 @@ def multistart(
     )
 
 
-def _step_left(solution: Solution) -> float:
-    """Root mean square of what Gauss-Newton would still change; infinite where there is no such step."""
-    linear = solution.point.linear()
-    step = linear.solve(10 * torch.finfo(solution.x.dtype).eps * linear.scale)
-    return math.inf if step is None or not bool(step.isfinite().all()) else float(step.square().mean().sqrt())
+def _told_of_the_end(
+    case: Case, point: Recycled | MatrixFree, spectrum: Spectrum | None, diagnostics: dict[str, float]
+) -> list[tuple[float, float]]:
+    """What `attacks.certificates` says of images that alone are unknown, put into the diagnostics too: figures and limits."""
+    linear, images = point.linear(), case.views[0].problem.unknown["images"].shape[0]
+    diagnostics["step_left"] = last_step(linear, images)
+    limits = [(diagnostics["step_left"], EXACT)]
+    if spectrum is None:
+        diagnostics["hidden_share"] = hidden_share(linear, images, case.generator)
+        limits.append((diagnostics["hidden_share"], HIDDEN))
+    else:
+        diagnostics["standard_error"] = standard_error(point.residual, spectrum.values, case.views[0].rounding)
+        limits.append((diagnostics["standard_error"], EXACT))
+    return limits
 
 
 def _determined(point: Recycled, unknowns: int, diagnostics: dict[str, float]) -> bool:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attacks import least_squares, second_order
+from attacks import certificates, least_squares, second_order
 from attacks.conjugate_gradients import Damped, conjugate_gradients
 from attacks.equations import Equations
 from attacks.least_squares import (
@@ -21,7 +21,7 @@ from attacks.least_squares import (
     levenberg_marquardt,
 )
 from attacks.matching import pose
-from attacks.preconditioners import LEAST, Formed, Sketch, plain
+from attacks.preconditioners import LEAST, Formed, Nystrom, plain
 from attacks.second_order import SecondOrder
 from attacks.second_order_search import Case, Descent, View, nearest_first, searched
 from fedattack.errors import FedattackError, NotApplicable
@@ -303,7 +303,7 @@ def test_a_sketch_sees_the_largest_eigenvalues_and_saves_products(monkeypatch):
     done: list[int] = []
     local = Linearised.at(lambda x: matrix @ x - wanted, x)
     local = replace(local, times=lambda vector, times=local.times: (done.append(1), times(vector))[1])
-    sketch = Sketch(generator("sketch"))
+    sketch = Nystrom(generator("sketch"))
     vector = torch.randn(200, generator=generator("vector"), dtype=torch.float64)
     assert sketch.inverse(1e-3)(vector) is vector
     sketch.form(local, x)
@@ -326,10 +326,10 @@ def test_a_sketch_is_made_where_the_search_has_taken_long(monkeypatch):
     """Twice as many products as it costs: then every point that follows is preconditioned by it."""
     for module in ("preconditioners", "least_squares"):
         monkeypatch.setattr(f"attacks.{module}.RANK", 10)
-    x, sketch = torch.full((40,), 0.3, dtype=torch.float64), Sketch(generator("made"))
+    x, sketch = torch.full((40,), 0.3, dtype=torch.float64), Nystrom(generator("made"))
     places = []
-    form = Sketch.form
-    monkeypatch.setattr(Sketch, "form", lambda sketch, local, x: (places.append(x), form(sketch, local, x))[1])
+    form = Nystrom.form
+    monkeypatch.setattr(Nystrom, "form", lambda sketch, local, x: (places.append(x), form(sketch, local, x))[1])
     point = MatrixFree.at(_stretched, x, 500, sketch)
     linear, best = replace(point.linear(), precision=1e-6), Dense.at(_stretched, x, 8).linear()
     step = linear.solve(1e-5)
@@ -399,6 +399,9 @@ def test_where_no_jacobian_is_finite_there_is_none():
     broken.form(lambda x: x / 0.0 * 0.0, double(1.0, 2.0), 1)
     assert not broken.grams
     assert broken.inverse(1.0) is None
+    blocks = Formed([torch.tensor([0]), torch.tensor([1])])
+    blocks.form(lambda x: x / 0.0 * 0.0, double(1.0, 2.0), 1)
+    assert blocks.inverse(1.0) is None
 
 
 def test_a_singular_system_of_linear_unknowns_is_solved_all_the_same():
@@ -650,6 +653,129 @@ def test_the_certificate_is_honest(make_update, random_images):
     assert free.diagnostics["loss"] < 1e-10
     assert float(psnr_db(free.images, images)) < 40
     assert free.diagnostics["certified"] == 0.0
+
+
+@pytest.mark.parametrize("dense_limit", [20, 19])
+def test_half_determined_batches_are_not_certified_beyond_the_limit(dense_limit, make_update, random_images):
+    """Logistic regression on two classes sends sums of its images: each would be told if the other were known."""
+    images, labels = random_images((2, 1, 5, 4)), torch.tensor([0, 1])
+    model = build_model("mlp", image_shape=(1, 5, 4), num_classes=2, seed=0, hidden=())
+    update, known = make_update(model, images, labels), facts(images, labels)
+    whole = attack(SecondOrder(restarts=2), update, model, known)
+    assert whole.diagnostics["rank"] < 40
+    found = attack(SecondOrder(restarts=2, dense_limit=dense_limit), update, model, known)
+    for one in (whole, found):
+        assert one.diagnostics["loss"] < 1e-10
+        assert one.diagnostics["certified"] == 0.0
+        assert float(psnr_db(one.images[match_batch(one.images, images)], images).min()) < 30
+    assert found.diagnostics["hidden_share"] > 0.3
+
+
+def test_a_dead_batch_is_not_certified_by_blocks(make_update, random_images):
+    images, labels, model = (
+        random_images((2, 1, 5, 4)),
+        torch.tensor([1, 2]),
+        lenet((1, 5, 4), channels=6, activation="relu"),
+    )
+    with torch.no_grad():
+        model.conv0.bias.fill_(-60.0)
+    quick = SecondOrder(restarts=1, iterations=3, switching_iterations=0, smoothing_iterations=0, dense_limit=20)
+    found = attack(quick, make_update(model, images, labels), model, facts(images, labels))
+    assert found.diagnostics["certified"] == 0.0
+
+
+def test_conjugate_gradients_without_an_end_vouch_for_nothing():
+    """Blocks that hardly know the Jacobian, as badly conditioned as it is: an unfinished step would look like a short one."""
+    values = torch.logspace(0, -7, 400, dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(600, 400, generator=generator("turn"), dtype=torch.float64))[0]
+    back = torch.linalg.qr(torch.randn(400, 400, generator=generator("back"), dtype=torch.float64))[0]
+    matrix, x = (turn * values) @ back.T, torch.full((400,), 0.02, dtype=torch.float64)
+    groups = list(torch.arange(400).reshape(10, 40))
+    blocks = Recycled.at(lambda x: matrix.to(x) @ x, lambda x: matrix.to(x) @ x, x, 64, Formed(groups)).linear()
+    whole = Recycled.at(lambda x: matrix.to(x) @ x, lambda x: matrix.to(x) @ x, x, 64, Formed()).linear()
+    assert certificates.last_step(blocks, 10) > 0.5 * 0.02
+    assert certificates.last_step(whole, 10) > 0.5 * 0.02
+    assert certificates.hidden_share(blocks, 10, generator("hidden")) > certificates.HIDDEN
+    assert certificates.hidden_share(whole, 10, generator("hidden")) > certificates.HIDDEN
+
+
+def test_the_standard_error_is_that_of_least_squares():
+    """Of many fits to noise, against the singular values' formula; rounding stands in where the fit is perfect."""
+    matrix = torch.randn(50, 5, generator=generator("errors"), dtype=torch.float64) @ torch.diag(
+        double(1, 0.5, 0.1, 0.02, 0.01)
+    )
+    noise = 1e-3 * torch.randn(50, 2000, generator=generator("noise"), dtype=torch.float64)
+    away = float(torch.linalg.lstsq(matrix, noise).solution.square().mean().sqrt())
+    values = torch.linalg.svdvals(matrix)
+    assert certificates.standard_error(noise[:, 0], values, 0.0) == pytest.approx(away, rel=0.25)
+    none = certificates.standard_error(torch.zeros(50, dtype=torch.float64), values, 1e-3 * math.sqrt(50))
+    assert none == pytest.approx(away, rel=0.1)
+
+
+class Blurred(nn.Module):
+    """Behind a fixed mixing of pixels with a condition number of 1e4, three dense layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        turn, back = (torch.linalg.qr(torch.randn(16, 16, generator=generator("blur", side)))[0] for side in "ab")
+        self.register_buffer("blur", (turn * torch.logspace(0, -4, 16)) @ back)
+        self.layers = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores: Tensor = self.layers(images.flatten(1) @ self.blur)
+        return scores
+
+
+def test_rounding_that_hides_an_image_takes_its_certificate(make_update, random_images):
+    """The fit is as good as it can be, no step is left, and yet the image is not what comes out."""
+    images, labels = random_images((1, 1, 4, 4)), torch.tensor([1])
+    with seeded_default_generator(0):
+        model = Blurred().double()
+    update = make_update(model, images, labels)
+    near = images.double().reshape(1, 1, 1, 4, 4) + 1e-3
+    for dtype, certain in ((torch.float64, 1.0), (torch.float16, 0.0)):
+        sent = replace(update, received={name: tensor.to(dtype) for name, tensor in update.received.items()})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Case, "starts", lambda case: {"images": near})
+            one = SecondOrder(restarts=1, descent_iterations=0, certified=1e-4)
+            found = attack(one, sent, model, facts(images, labels))
+        away = float((found.images - images).square().mean().sqrt())
+        assert found.diagnostics["rank"] == 16
+        assert found.diagnostics["step_left"] < 1e-3
+        assert (away < 1e-3) == bool(certain)
+        assert (found.diagnostics["standard_error"] < 1e-3) == bool(certain)
+        assert found.diagnostics["certified"] == certain
+
+
+def test_float32_searches_without_a_jacobian_are_certified(make_update, random_images):
+    images, labels, model = random_images((2, 1, 5, 4)), torch.tensor([1, 2]), lenet((1, 5, 4), channels=6)
+    one = SecondOrder(precision="float32", dense_limit=19, certified=1e-8, tolerance=1e-13)
+    found = attack(one, make_update(model, images, labels), model, facts(images, labels))
+    assert found.diagnostics["certified"] == 1.0
+    assert float(psnr_db(found.images[match_batch(found.images, images)], images).min()) > 60
+
+
+def test_batch_statistics_are_not_taken_apart(make_update, random_images):
+    """In evaluation mode, too, where a layer keeps no running statistics."""
+    images, labels = random_images((2, 1, 5, 4)), torch.tensor([1, 2])
+    normal = nn.BatchNorm1d(12, track_running_stats=False)
+    with seeded_default_generator(0):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(20, 12), normal, nn.Sigmoid(), nn.Linear(12, 4)).eval()
+    update, known = make_update(model, images, labels), facts(images, labels)
+    found = attack(SecondOrder(restarts=1, iterations=5), update, model, known)
+    assert math.isfinite(found.diagnostics["loss"])
+
+    class Centred(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x - x.mean(0, keepdim=True)
+
+    model[2] = Centred()
+    view = View.of(SecondOrder(), make_update(model, images, labels), model, Classification(), known)
+    assert view.alone(0) is not None, "it cannot be seen from outside"
+    assert not second_order._mean(view, images.double())
+    model[2] = nn.Identity()
+    view = View.of(SecondOrder(), make_update(model, images, labels), model, Classification(), known)
+    assert second_order._mean(view, images.double())
 
 
 @pytest.mark.parametrize("dense_limit", [4096, 20, 0])
