@@ -28,7 +28,6 @@ HIDDEN = 0.1
 SURELY = 1e-6
 """How exactly steps are solved for where no whole Jacobian preconditions them: small singular values are then found last."""
 
-
 FEW = 1000
 """Conjugate gradients that are allowed however few unknowns there are; else as many as there are."""
 

@@ -684,7 +684,7 @@ def test_a_dead_batch_is_not_certified_by_blocks(make_update, random_images):
     assert found.diagnostics["certified"] == 0.0
 
 
-def test_conjugate_gradients_without_an_end_vouch_for_nothing():
+def test_conjugate_gradients_without_an_end_vouch_for_nothing(monkeypatch):
     """Blocks that hardly know the Jacobian, as badly conditioned as it is: an unfinished step would look like a short one."""
     values = torch.logspace(0, -7, 400, dtype=torch.float64)
     turn = torch.linalg.qr(torch.randn(600, 400, generator=generator("turn"), dtype=torch.float64))[0]
@@ -697,6 +697,9 @@ def test_conjugate_gradients_without_an_end_vouch_for_nothing():
     assert certificates.last_step(whole, 10) > 0.5 * 0.02
     assert certificates.hidden_share(blocks, 10, generator("hidden")) > certificates.HIDDEN
     assert certificates.hidden_share(whole, 10, generator("hidden")) > certificates.HIDDEN
+    monkeypatch.setattr(certificates, "FEW", 1)  # as many steps as unknowns, and these take twice as many
+    assert certificates.last_step(blocks, 10) == certificates.hidden_share(blocks, 10, generator("hidden")) == math.inf
+    assert certificates.last_step(whole, 10) < math.inf
 
 
 def test_the_standard_error_is_that_of_least_squares():
